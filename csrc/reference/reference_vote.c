@@ -1,0 +1,345 @@
+/* reference_vote.c - the weight side of the backward, one element at a time. */
+#include "reference.h"
+
+/* One micro-batch of at most OB_TOKENS_PER_VOTE tokens: what the votes see of it. */
+typedef struct micro_batch {
+    const ob_weights *w;
+    size_t tokens, padded; /* M, padded K */
+    ob_dtype dt;
+    const void *dy;   /* (M,N), from token `first` */
+    size_t first;
+    const int8_t *xq; /* (M, padded K) */
+    const float *sx;  /* (M,) */
+    const double *control;
+    uint64_t micro;
+    int8_t *hq;       /* (N,M) scratch */
+    float *h_scale;   /* (N,) scratch */
+    int32_t *acc;     /* (N,K) scratch */
+} micro_batch;
+
+static float
+weighted_gradient(const micro_batch *b, size_t m, size_t n)
+{
+    return ob_ref_load(b->dt, b->dy, (b->first + m) * b->w->n + n) * b->sx[m];
+}
+
+static ob_status
+allocate(micro_batch *b, size_t tokens)
+{
+    b->hq = ob_alloc(b->w->n * tokens + 1);
+    b->h_scale = ob_alloc((b->w->n + 1) * sizeof(float));
+    b->acc = ob_alloc((b->w->n * b->w->k + 1) * sizeof(int32_t));
+    return b->hq != NULL && b->h_scale != NULL && b->acc != NULL ? OB_OK : OB_NO_MEMORY;
+}
+
+static void
+release(micro_batch *b)
+{
+    ob_free(b->hq);
+    ob_free(b->h_scale);
+    ob_free(b->acc);
+}
+
+/* dy * sx (M,N) -> hq (N,M), h_scale (N,): stochastic rounding per output column over the tokens */
+static void
+quantize_outputs(micro_batch *b)
+{
+    uint64_t key = ob_ref_key(b->control, b->micro, OB_STREAM_WEIGHT_GRAD);
+    memset(b->hq, 0, b->w->n * b->tokens);
+    for (size_t n = 0; n < b->w->n; n++) {
+        uint32_t absmax = 0;
+        for (size_t m = 0; m < b->tokens; m++) {
+            uint32_t bits = ob_ref_bits(weighted_gradient(b, m, n)) & 0x7FFFFFFFu;
+            absmax = bits > absmax ? bits : absmax;
+        }
+        float a = ob_ref_float(absmax);
+        b->h_scale[n] = 0.0f;
+        if (a < OB_REF_TINY) {
+            continue;
+        }
+        b->h_scale[n] = a / 127.0f;
+        float inverse = 127.0f / a;
+        ob_rng_row random = ob_rng_at_row(key, n);
+        for (size_t m = 0; m < b->tokens; m++) {
+            b->hq[n * b->tokens + m] =
+                (int8_t)ob_ref_round(weighted_gradient(b, m, n) * inverse, random, m, 127.0f);
+        }
+    }
+}
+
+/* acc (N,K) = hq (N,M) . xq (M,K) */
+static void
+multiply(micro_batch *b)
+{
+    size_t inputs = b->w->k;
+    memset(b->acc, 0, b->w->n * inputs * sizeof(int32_t));
+    for (size_t n = 0; n < b->w->n; n++) {
+        for (size_t m = 0; m < b->tokens; m++) {
+            for (size_t k = 0; k < inputs; k++) {
+                b->acc[n * inputs + k] += b->hq[n * b->tokens + m] * b->xq[m * b->padded + k];
+            }
+        }
+    }
+}
+
+/* The row sum of q (K,): strips of 64 columns as 16 lanes and a tree, strips in order. */
+static float
+sum_row(size_t inputs, const float *q)
+{
+    float total = 0.0f;
+    for (size_t first = 0; first < inputs; first += 64) {
+        float strip[64] = {0.0f}, lane[16];
+        for (size_t j = 0; j < 64 && first + j < inputs; j++) {
+            strip[j] = q[first + j];
+        }
+        for (size_t l = 0; l < 16; l++) {
+            lane[l] = ((strip[l] + strip[l + 16]) + strip[l + 32]) + strip[l + 48];
+        }
+        for (size_t half = 8; half > 0; half /= 2) {
+            for (size_t l = 0; l < half; l++) {
+                lane[l] = lane[l] + lane[l + half];
+            }
+        }
+        total = first == 0 ? lane[0] : total + lane[0];
+    }
+    return total;
+}
+
+/* s'_n: the weight scale without the loss scale */
+static float
+unscaled(const micro_batch *b, size_t n)
+{
+    return ob_ref_scale(b->w, n) * (float)(1.0 / b->control[OB_CTL_GRAD_SCALE]);
+}
+
+static float
+gradient(const micro_batch *b, size_t n, size_t k)
+{
+    return ((float)b->acc[n * b->w->k + k] * b->h_scale[n]) * unscaled(b, n);
+}
+
+/* row_sum (N,) += mean_k g^2, col_sum (K,) += mean_n g^2, sketch (N,) += sum_k t_k g, and the sketch's energy */
+static void
+measure(const micro_batch *b, ob_planes *planes, float *row)
+{
+    size_t outputs = b->w->n, inputs = b->w->k;
+    ob_rng_row signs = ob_rng_at_row(ob_ref_key(b->control, 0, OB_STREAM_SKETCH), 0);
+    double energy = 0.0;
+    if (outputs == 0 || inputs == 0) {
+        return; // an empty mean adds nothing
+    }
+    for (size_t n = 0; n < outputs; n++) {
+        for (size_t k = 0; k < inputs; k++) {
+            row[k] = gradient(b, n, k) * gradient(b, n, k);
+        }
+        planes->row_sum[n] += sum_row(inputs, row) / (float)inputs;
+        for (size_t k = 0; k < inputs; k++) {
+            float g = gradient(b, n, k);
+            row[k] = ob_rng_draw(signs, (uint32_t)k) >> 31 ? -g : g;
+        }
+        float z = sum_row(inputs, row);
+        planes->sketch[n] += z;
+        energy += (double)z * (double)z;
+    }
+    planes->control[OB_CTL_SKETCH_ENERGY] += energy;
+    for (size_t k = 0; k < inputs; k++) {
+        float sum = 0.0f;
+        for (size_t n = 0; n < outputs; n++) {
+            sum += gradient(b, n, k) * gradient(b, n, k);
+        }
+        planes->col_sum[k] += sum / (float)outputs;
+    }
+}
+
+/* ds (1,) or (N,) += sum_k T_nk dW_nk; db (N,) += sum_m dy_mn */
+static void
+differentiate(const micro_batch *b, float *ds, float *db)
+{
+    double tensor = 0.0;
+    for (size_t n = 0; n < b->w->n; n++) {
+        int64_t d = 0;
+        for (size_t k = 0; k < b->w->k; k++) {
+            d += (int64_t)ob_ref_code(b->w->packed, b->w->k, n, k) * b->acc[n * b->w->k + k];
+        }
+        tensor += (double)d * (double)b->h_scale[n];
+        if (ds != NULL && b->w->scale_len != 1) {
+            ds[n] += (float)d * b->h_scale[n];
+        }
+        float sum = 0.0f;
+        for (size_t m = 0; m < b->tokens; m++) {
+            sum += ob_ref_load(b->dt, b->dy, (b->first + m) * b->w->n + n);
+        }
+        if (db != NULL) {
+            db[n] += sum;
+        }
+    }
+    if (ds != NULL && b->w->scale_len == 1) {
+        ds[0] += (float)tensor;
+    }
+}
+
+/* Votes of row n into the residual. */
+static void
+vote_residual(size_t inputs, const float *u, const micro_batch *b, size_t n, ob_planes *planes)
+{
+    ob_rng_row random = ob_rng_at_row(ob_ref_key(b->control, b->micro, OB_STREAM_VOTE), n);
+    int8_t *e = planes->residual + n * inputs;
+    for (size_t k = 0; k < inputs; k++) {
+        int move = ob_ref_round(u[k] * ob_ref_step(b->control), random, k, 127.0f);
+        e[k] = (int8_t)ob_ref_clamp(e[k] + move, 127);
+    }
+}
+
+/* bfloat16 >= a >= 0, the nearest */
+static uint16_t
+bf16_up(float a)
+{
+    return (uint16_t)((ob_ref_bits(a) + 0xFFFFu) >> 16);
+}
+
+/* Votes of row n into the momentum, block by block of 64 columns. */
+static void
+vote_momentum(size_t inputs, const float *u, const micro_batch *b, size_t n, ob_planes *planes)
+{
+    ob_rng_row random = ob_rng_at_row(ob_ref_key(b->control, b->micro, OB_STREAM_MOMENTUM), n);
+    float beta1 = b->micro == 0 ? (float)b->control[OB_CTL_BETA1] : 1.0f;
+    float share = (float)(1.0 - b->control[OB_CTL_BETA1]);
+    size_t blocks = OB_CEIL_DIV(inputs, 64);
+    uint8_t *codes = planes->momentum + n * blocks * 32;
+    for (size_t block = 0; block < blocks; block++) {
+        uint16_t *scale = &planes->momentum_scale[n * blocks + block];
+        float s = ob_ref_load(OB_BF16, scale, 0), m[64], a = 0.0f;
+        size_t first = block * 64, count = OB_MIN(inputs - first, (size_t)64);
+        for (size_t j = 0; j < count; j++) {
+            float old = (float)ob_ref_nibble(codes, first + j) * s;
+            m[j] = beta1 * old + share * u[first + j];
+            a = fmaxf(a, fabsf(m[j]));
+        }
+        *scale = a < OB_REF_TINY ? 0 : bf16_up(a / 7.0f);
+        float inverse = 1.0f / ob_ref_load(OB_BF16, scale, 0);
+        for (size_t j = 0; j < count; j++) {
+            int code = a < OB_REF_TINY ? 0 : ob_ref_round(m[j] * inverse, random, first + j, 7.0f);
+            ob_ref_set_nibble(codes, first + j, code);
+        }
+    }
+}
+
+static void
+cast_votes(const micro_batch *b, ob_planes *planes, float *u)
+{
+    size_t outputs = b->w->n, inputs = b->w->k;
+    double sum = 0.0;
+    for (size_t n = 0; n < outputs; n++) {
+        sum += (double)planes->row_factor[n];
+    }
+    float mean = (float)(sum / (double)outputs);
+    float clip = (float)b->control[OB_CTL_CLIP];
+    for (size_t n = 0; n < outputs; n++) {
+        float q = planes->row_factor[n] / mean;
+        float a = q > 0.0f ? (b->h_scale[n] * unscaled(b, n)) / sqrtf(q) : 0.0f;
+        for (size_t k = 0; k < inputs; k++) {
+            float col = planes->col_factor[k];
+            float c = col > 0.0f ? 1.0f / sqrtf(col) : 0.0f;
+            float v = ((float)b->acc[n * inputs + k] * a) * c;
+            u[k] = isnan(v) ? 0.0f : fmaxf(-clip, fminf(clip, v));
+        }
+        if (ob_rule_momentum_bits(planes->rule) > 0) {
+            vote_momentum(inputs, u, b, n, planes);
+        }
+        else {
+            vote_residual(inputs, u, b, n, planes);
+        }
+    }
+}
+
+/* Is any dy * sx of the call non-finite? */
+static int
+any_nonfinite(const micro_batch *b, size_t m_count)
+{
+    for (size_t m = 0; m < m_count; m++) {
+        for (size_t n = 0; n < b->w->n; n++) {
+            if (!isfinite(weighted_gradient(b, m, n))) {
+                return 1;
+            }
+        }
+    }
+    return 0;
+}
+
+static void
+fill_nan(size_t count, float *x)
+{
+    for (size_t i = 0; x != NULL && i < count; i++) {
+        x[i] = ob_ref_float(OB_REF_NAN_BITS);
+    }
+}
+
+ob_status
+ob_reference_vote(const ob_weights *w, size_t m_count, ob_dtype dt, const void *dy, const int8_t *xq, const float *sx,
+                  ob_planes *planes, const double *control, float *ds, float *db, size_t *nonfinite)
+{
+    // dy (M,N) dt, xq (M, padded K), sx (M,), packed (N,K) -> planes, ds (1,) or (N,), db (N,)
+    const double *state = planes != NULL ? planes->control : control;
+    size_t padded = 16 * OB_CEIL_DIV(w->k, 16), chunk = OB_MIN(m_count, (size_t)OB_TOKENS_PER_VOTE);
+    ob_status status = state == NULL ? OB_INVALID : ob_ref_check(w);
+    if (status != OB_OK) {
+        return status;
+    }
+    micro_batch b = {w, 0, padded, dt, dy, 0, xq, sx, state, (uint64_t)state[OB_CTL_MICRO], NULL, NULL, NULL};
+    float *row = ob_alloc((w->k + 1) * sizeof(float)); /* one row of g or u */
+    status = row == NULL ? OB_NO_MEMORY : allocate(&b, chunk);
+    *nonfinite = status == OB_OK && any_nonfinite(&b, m_count);
+    if (*nonfinite) {
+        fill_nan(w->scale_len, ds);
+        fill_nan(w->n, db);
+        if (planes != NULL) {
+            planes->control[OB_CTL_NONFINITE] += 1;
+            planes->control[OB_CTL_MICRO] += (double)OB_CEIL_DIV(m_count, (size_t)OB_TOKENS_PER_VOTE);
+        }
+    }
+    for (size_t m = 0; status == OB_OK && !*nonfinite && m < m_count; m += chunk, b.micro++) {
+        b.tokens = OB_MIN(m_count - m, chunk);
+        b.first = m;
+        b.xq = xq + m * padded;
+        b.sx = sx + m;
+        quantize_outputs(&b);
+        multiply(&b);
+        differentiate(&b, ds, db);
+        if (planes != NULL) {
+            measure(&b, planes, row);
+            if (state[OB_CTL_STEP] > 0) {
+                cast_votes(&b, planes, row);
+            }
+            planes->control[OB_CTL_MICRO] += 1;
+        }
+    }
+    release(&b);
+    ob_free(row);
+    return status;
+}
+
+ob_status
+ob_reference_weight_gradient(const ob_weights *w, size_t m_count, ob_dtype dt, const void *dy, const int8_t *xq,
+                             const float *sx, const double *control, double *dw)
+{
+    // dy (M,N) dt, xq (M, padded K), sx (M,) -> dw (N,K) = acc * h_scale; NaN if a dy * sx is non-finite
+    ob_status status = m_count > OB_TOKENS_PER_VOTE ? OB_INVALID : ob_ref_check(w);
+    if (status != OB_OK) {
+        return status;
+    }
+    micro_batch b = {w,  m_count, 16 * OB_CEIL_DIV(w->k, 16), dt, dy, 0, xq, sx, control,
+                     (uint64_t)control[OB_CTL_MICRO], NULL, NULL, NULL};
+    status = allocate(&b, m_count);
+    if (status == OB_OK) {
+        double mask = any_nonfinite(&b, m_count) ? (double)ob_ref_float(OB_REF_NAN_BITS) : 1.0;
+        if (!isnan(mask)) {
+            quantize_outputs(&b);
+            multiply(&b);
+        }
+        for (size_t i = 0; i < w->n * w->k; i++) {
+            dw[i] = isnan(mask) ? mask : (double)b.acc[i] * (double)b.h_scale[i / w->k];
+        }
+    }
+    release(&b);
+    return status;
+}
