@@ -1,0 +1,106 @@
+/* args.h - Python object -> checked view or number; every message about an argument is made here.
+ *
+ * TypeError: kind (not an array, dtype, byte order).  ValueError: shape, layout, alignment, range.
+ * BufferError: a read-only output, or an output that overlaps another array.  MemoryError.
+ * Messages read `function(): 'name' must be WANTED, got GOT`. */
+#ifndef OB_ARGS_H
+#define OB_ARGS_H
+
+enum { /* element kinds, a set */
+    OB_KIND_F32 = 1,
+    OB_KIND_F64 = 2,
+    OB_KIND_I8 = 4,
+    OB_KIND_U8 = 8,
+    OB_KIND_U16 = 16,
+    OB_KIND_BF16 = 32, /* a dtype named bfloat16 (ml_dtypes), known by name: nothing is imported */
+    OB_KIND_RAW_BF16 = OB_KIND_BF16 | OB_KIND_U16, /* uint16: the raw bits */
+    OB_KIND_FLOAT = OB_KIND_F32 | OB_KIND_RAW_BF16
+};
+
+enum { /* flags of a spec, a set */
+    OB_WRITE = 1,   /* an output: must be writeable and overlap no other array of the call */
+    OB_ALIGN64 = 2, /* data at a multiple of 64 bytes, as the kernels read `packed` */
+    OB_LEADING = 4, /* any number of dimensions before those named */
+    OB_OR_ONE = 8   /* one dimension: (n,) or (1,) */
+};
+
+#define OB_MAX_DIMS 5
+#define OB_MAX_VIEWS 24
+#define OB_FREE (-1) /* a dimension of any length; shown by its letter in `letters` */
+
+typedef struct ob_spec {
+    unsigned kinds, flags;
+    int ndim;
+    npy_intp dims[OB_MAX_DIMS];
+    const char *letters;
+} ob_spec;
+
+typedef struct ob_view {
+    const char *name;
+    PyArrayObject *array; /* strong */
+    void *data;
+    size_t bytes;
+    int write;
+} ob_view;
+
+typedef struct ob_call { /* one call: its name for messages and the arrays it holds */
+    const char *function;
+    size_t count;
+    ob_view views[OB_MAX_VIEWS];
+} ob_call;
+
+/* The view maker.  NULL with an exception set when `object` does not fit `spec`. */
+ob_view *ob_take_array(ob_call *call, PyObject *object, const char *name, ob_spec spec);
+/* Last check: no output overlaps any other array of the call.  -1 with BufferError. */
+int ob_check_overlap(const ob_call *call);
+void ob_release(ob_call *call); /* drop all references */
+
+ob_dtype ob_view_dtype(const ob_view *view); /* of an OB_KIND_FLOAT view */
+size_t ob_view_rows(const ob_view *view);    /* product of all dimensions but the last */
+size_t ob_view_dim(const ob_view *view, int axis); /* axis < 0 counts from the end */
+
+/* Numbers and names.  0, or -1 with an exception set.  bool is not a number here. */
+int ob_take_size(const ob_call *call, PyObject *object, const char *name, size_t low, size_t high,
+                 size_t *out);
+int ob_take_double(const ob_call *call, PyObject *object, const char *name, double low, double high,
+                   double *out);
+int ob_take_flag(const ob_call *call, PyObject *object, const char *name, int *out);
+int ob_take_name(const ob_call *call, PyObject *object, const char *name, size_t count,
+                 const char *(*text)(size_t), size_t *out);
+/* Two numbers in [0, 1): decays of first and second moments. */
+int ob_take_betas(const ob_call *call, PyObject *object, const char *name, double out[2]);
+/* (N, K), both at most OB_MAX_K */
+int ob_take_shape(const ob_call *call, PyObject *object, const char *name, size_t *n, size_t *k);
+
+int ob_fail(const ob_call *call, PyObject *exception, const char *format, ...); /* -1 */
+int ob_fail_status(const ob_call *call, ob_status status); /* 0 if OB_OK, else -1 */
+
+/* A C-contiguous array on memory of ob_alloc, owned through a capsule.  Steals `descr` (may be NULL
+ * with an exception set: passed on). */
+PyArrayObject *ob_new_array(PyArray_Descr *descr, int ndim, const npy_intp *dims, int zeroed);
+PyArrayObject *ob_new_typed(int type, int ndim, const npy_intp *dims, int zeroed);
+/* A second array on the same memory, so that its holder's own array cannot be reshaped from Python. */
+PyObject *ob_alias(PyArrayObject *array);
+
+/* views.c: the groups of arrays that several functions share ------------------------------------- */
+/* packed, scale and (bias may be None or NULL) of a layer of n outputs and k inputs */
+int ob_take_weights(ob_call *call, PyObject *packed, PyObject *scale, PyObject *bias, size_t n,
+                    size_t k, ob_weights *out);
+uint8_t *ob_take_packed(ob_call *call, PyObject *packed, size_t n, size_t k, unsigned flags);
+double *ob_take_control(ob_call *call, PyObject *control, const char *name);
+/* n, k: in/out; SIZE_MAX takes the length from the factors */
+int ob_take_planes(ob_call *call, PyObject *planes, size_t *n, size_t *k, ob_planes *out);
+
+typedef struct ob_control_init {
+    double seed, layer, eta, cap, clip, beta1, beta2, scale_init;
+} ob_control_init;
+
+const char *ob_control_field(size_t index);
+PyArrayObject *ob_new_control(const ob_control_init *init);
+PyObject *ob_new_planes(size_t n, size_t k, ob_rule rule, const ob_control_init *init);
+PyArrayObject *ob_new_packed(size_t n, size_t k);
+
+const char *ob_rule_text(size_t rule);
+const char *ob_format_text(size_t format);
+
+#endif
