@@ -1,0 +1,238 @@
+/* alloc.c - see alloc.h. */
+#include "alloc.h"
+#include "check.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+
+#define ALIGNMENT ((size_t)64)
+#define HUGE_PAGE ((size_t)2 << 20)
+/* Room for the header before a huge block; a mapping is still whole pages where they are larger. */
+#define PAGE ((size_t)4096)
+
+/* Recycled scratch: enough for the few sizes of a layer step on every thread, little enough to forget. */
+#define SPARE_BLOCKS 32
+#define SPARE_BYTES ((size_t)256 << 20)
+
+typedef struct header { /* in the 64 bytes before every block */
+    size_t bytes;       /* asked for: what the counters know */
+    size_t capacity;    /* usable */
+    size_t mapped;      /* length of the mapping, 0 if malloc'ed */
+    void *base;         /* what to free or unmap */
+} header;
+
+static atomic_size_t live, peak, largest;
+static _Atomic int64_t fail_after = -1;
+
+static pthread_mutex_t spare_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_once_t spare_once = PTHREAD_ONCE_INIT;
+static void *spare[SPARE_BLOCKS]; /* oldest first */
+static size_t spare_count, spare_bytes;
+
+static header *
+header_of(void *block)
+{
+    return (header *)((char *)block - ALIGNMENT);
+}
+
+static void
+raise_to(atomic_size_t *mark, size_t value)
+{
+    size_t seen = atomic_load(mark);
+    while (seen < value && !atomic_compare_exchange_weak(mark, &seen, value)) {
+    }
+}
+
+static void *
+count_in(void *block, size_t bytes)
+{
+    header_of(block)->bytes = bytes;
+    raise_to(&peak, atomic_fetch_add(&live, bytes) + bytes);
+    raise_to(&largest, bytes);
+    return block;
+}
+
+static int
+should_fail(void)
+{
+    int64_t left = atomic_load(&fail_after);
+    while (left > 0 && !atomic_compare_exchange_weak(&fail_after, &left, left - 1)) {
+    }
+    return left == 1;
+}
+
+static char *
+align_up(char *p, size_t alignment)
+{
+    return p + (-(uintptr_t)p & (alignment - 1));
+}
+
+static void *
+map_block(size_t bytes)
+{
+    size_t mapped;
+    if (!ob_add(bytes, HUGE_PAGE + PAGE, &mapped) || !ob_round_up(mapped, PAGE, &mapped)) {
+        return NULL;
+    }
+    char *base = mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED) {
+        return NULL;
+    }
+    char *block = align_up(base + PAGE, HUGE_PAGE);
+#if defined(MADV_HUGEPAGE)
+    madvise(block, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE); /* refused: only slower */
+#endif
+    *header_of(block) = (header){bytes, (size_t)(base + mapped - block), mapped, base};
+    return block;
+}
+
+static void *
+new_block(size_t bytes)
+{
+    if (bytes >= HUGE_PAGE) {
+        return map_block(bytes);
+    }
+    size_t capacity = OB_CEIL_DIV(bytes, ALIGNMENT) * ALIGNMENT; /* no shared cache line */
+    char *base = malloc(capacity + 2 * ALIGNMENT);
+    if (!base) {
+        return NULL;
+    }
+    char *block = align_up(base, ALIGNMENT) + ALIGNMENT;
+    *header_of(block) = (header){bytes, capacity, 0, base};
+    return block;
+}
+
+static void
+release(void *block)
+{
+    header *h = header_of(block);
+    if (h->mapped) {
+        munmap(h->base, h->mapped);
+    }
+    else {
+        free(h->base);
+    }
+}
+
+void *
+ob_alloc(size_t bytes)
+{
+    void *block = should_fail() ? NULL : new_block(bytes);
+    return block ? count_in(block, bytes) : NULL;
+}
+
+void
+ob_free(void *block)
+{
+    if (block) {
+        atomic_fetch_sub(&live, header_of(block)->bytes);
+        release(block);
+    }
+}
+
+static void
+spare_lock_now(void)
+{
+    pthread_mutex_lock(&spare_lock);
+}
+
+static void
+spare_unlock_now(void)
+{
+    pthread_mutex_unlock(&spare_lock);
+}
+
+static void
+spare_start(void)
+{
+    pthread_atfork(spare_lock_now, spare_unlock_now, spare_unlock_now);
+}
+
+static void *
+spare_remove(size_t i)
+{
+    void *block = spare[i];
+    spare_bytes -= header_of(block)->capacity;
+    spare_count--;
+    for (; i < spare_count; i++) {
+        spare[i] = spare[i + 1];
+    }
+    return block;
+}
+
+void *
+ob_scratch_take(size_t bytes)
+{
+    if (should_fail()) {
+        return NULL;
+    }
+    pthread_once(&spare_once, spare_start);
+    spare_lock_now();
+    size_t best = SPARE_BLOCKS;
+    size_t best_capacity = bytes > SIZE_MAX / 8 ? 0 : 4 * bytes + 4 * PAGE; /* waste no more */
+    for (size_t i = 0; i < spare_count; i++) {
+        size_t capacity = header_of(spare[i])->capacity;
+        if (capacity >= bytes && capacity <= best_capacity) {
+            best = i;
+            best_capacity = capacity;
+        }
+    }
+    void *block = best < SPARE_BLOCKS ? spare_remove(best) : NULL;
+    spare_unlock_now();
+    block = block ? block : new_block(bytes);
+    return block ? count_in(block, bytes) : NULL;
+}
+
+void
+ob_scratch_give(void *block)
+{
+    if (!block) {
+        return;
+    }
+    size_t capacity = header_of(block)->capacity;
+    atomic_fetch_sub(&live, header_of(block)->bytes);
+    if (capacity > SPARE_BYTES) {
+        release(block);
+        return;
+    }
+    spare_lock_now();
+    while (spare_count == SPARE_BLOCKS || spare_bytes + capacity > SPARE_BYTES) {
+        release(spare_remove(0));
+    }
+    spare[spare_count++] = block;
+    spare_bytes += capacity;
+    spare_unlock_now();
+}
+
+void
+ob_alloc_fail_after(int64_t calls)
+{
+    atomic_store(&fail_after, calls);
+}
+
+size_t
+ob_alloc_live_bytes(void)
+{
+    return atomic_load(&live);
+}
+
+size_t
+ob_alloc_peak_bytes(void)
+{
+    return atomic_load(&peak);
+}
+
+size_t
+ob_alloc_largest(void)
+{
+    return atomic_load(&largest);
+}
+
+void
+ob_alloc_reset_peak(void)
+{
+    atomic_store(&peak, atomic_load(&live));
+    atomic_store(&largest, 0);
+}

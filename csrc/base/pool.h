@@ -1,0 +1,23 @@
+/* pool.h - the project's threads; ob_num_threads and ob_set_num_threads are declared in onebit.h. */
+#ifndef OB_POOL_H
+#define OB_POOL_H
+
+#include "../onebit.h"
+#include "config.h"
+
+#define OB_MAX_THREADS 256
+
+/* Run run(arg, task, thread) once for every task in [0, tasks), in any order; returns when all have run.
+ *
+ * Tasks are handed out one by one, the caller takes part, and thread is in [0, ob_num_threads()): no two tasks with
+ * the same index run at the same time within one call, so it may address this call's scratch.  A call runs inline, as
+ * thread 0, if there is one task or thread, if it comes from inside a task, or while another thread uses the pool: a
+ * result may not depend on who ran a task.  Every task sees the default floating-point control (ob_fp_default); the
+ * caller's is put back.
+ *
+ * Workers start with the first call that needs them, block all signals, and do not survive fork: a child starts its own,
+ * also if the parent forked in the middle of a call.  ONEBIT_NUM_THREADS (1..256) sets the count at first use, else
+ * ob_cpu_cores().  ONEBIT_POOL_JITTER=microseconds delays every task at random, for tests. */
+void ob_parallel(size_t tasks, void (*run)(void *arg, size_t task, size_t thread), void *arg);
+
+#endif
