@@ -1,0 +1,180 @@
+"""Problems for exactness tests: shapes around every tile edge, random layers in a random state, comparison of bits."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass
+from typing import Any, Iterator
+
+import numpy as np
+import oracle
+from oracle import BF16, CONTROL, F32, Array, Planes
+
+# Around the heights of register tiles (1..8), the 16-column steps and the 64-column strips, and some primes.
+EDGES = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 33, 47, 63, 64, 65, 66, 79, 127, 128, 130, 191)
+RULES = ("residual8", "residual8_momentum4")
+
+
+def aligned(array: Array) -> Array:
+    """A writable C-contiguous copy on a 64-byte boundary."""
+    buffer = np.empty(array.nbytes + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    copy = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def pack(codes: Array) -> Array:
+    """The tile16 plane of codes (N, K), aligned."""
+    return aligned(oracle.pack(codes))
+
+
+@dataclass
+class Problem:
+    """One layer in the middle of its training, and one batch."""
+
+    x: Array  # (M, K) float32 or bfloat16
+    dy: Array  # (M, N), x's dtype
+    packed: Array
+    scale: Array  # (1,) or (N,)
+    bias: Array | None  # (N,)
+    planes: Planes
+
+    def __str__(self) -> str:
+        m, k = self.x.shape
+        rule = RULES["momentum" in self.planes]
+        return f"M={m} N={self.dy.shape[1]} K={k} {self.x.dtype} scales={len(self.scale)} {rule}"
+
+
+def sample_shapes(seed: int, count: int) -> Iterator[tuple[int, int, int]]:
+    """`count` shapes (M, N, K): every edge value in every position at least once if count >= len(EDGES)."""
+    rng = random.Random(seed)
+    columns = []
+    for _ in range(3):
+        values = list(itertools.islice(itertools.cycle(EDGES), count))
+        rng.shuffle(values)
+        columns.append(values)
+    yield from zip(*columns, strict=True)
+
+
+def random_control(rng: np.random.Generator, step: int = 7, micro: int = 0) -> Array:
+    """A control array with every hyper-parameter off its default."""
+    values = {
+        "seed": int(rng.integers(2**53)), "layer": int(rng.integers(2**20)), "step": step, "micro": micro,
+        "eta": rng.uniform(0.01, 0.9), "eta_peak": rng.uniform(0.01, 1.2), "guard": rng.uniform(0.3, 1),
+        "cap": rng.choice([0.0, 0.007, 0.3]), "clip": rng.uniform(0.7, 2.5), "beta1": rng.uniform(0.5, 0.88),
+        "beta2": rng.uniform(0.5, 0.93), "grad_scale": rng.choice([3.0, 1024.0]),
+        "sketch_energy": rng.uniform(0, 1) * micro, "moved": 5, "scale_init": 0.37, "beta1_power": 0.6,
+        "beta2_power": 0.9,
+    }  # fmt: skip
+    control = np.zeros(len(CONTROL))
+    for name, value in values.items():
+        control[CONTROL[name]] = value
+    return control
+
+
+def random_planes(rng: np.random.Generator, n: int, k: int, rule: str, step: int = 7, micro: int = 0) -> Planes:
+    """Planes of one layer with random content; some factors are zero, some tiny."""
+
+    def positive(length: int) -> Array:
+        values = np.exp(rng.normal(size=length) * 2 - 8).astype(F32)
+        values[rng.random(length) < 0.05] = 0
+        values[rng.random(length) < 0.03] = 1e-42
+        return values
+
+    blocks = -(-k // 64)
+    planes: Planes = {
+        "residual": rng.integers(-127, 128, (n, k), np.int8),
+        "row_factor": positive(n),
+        "col_factor": positive(k),
+        "row_sum": positive(n) * F32(micro > 0),
+        "col_sum": positive(k) * F32(micro > 0),
+        "sketch": rng.normal(size=n).astype(F32) * F32(micro > 0),
+        "control": random_control(rng, step, micro),
+    }
+    if rule == "residual8_momentum4":
+        codes = np.zeros((n, blocks * 64), np.uint8)
+        codes[:, :k] = rng.integers(-7, 8, (n, k)) & 15
+        codes = codes.reshape(n, blocks, 64)
+        planes["momentum"] = codes[:, :, :32] | codes[:, :, 32:] << 4
+        scale = rng.uniform(0, 0.2, (n, blocks)).astype(BF16)
+        scale[rng.random(scale.shape) < 0.1] = 0
+        planes["momentum_scale"] = scale.view(np.uint16)
+    return planes
+
+
+def random_problem(
+    seed: int, m: int, n: int, k: int, *, dtype: Any = F32, rows: bool = False, bias: bool = False,
+    rule: str = "residual8", step: int = 7, micro: int = 0,
+) -> Problem:  # fmt: skip
+    """A layer with random state; tokens and gradients of many sizes, some of them zero."""
+    rng = np.random.default_rng(seed)
+
+    def floats(shape: tuple[int, int], size: float) -> Array:
+        values = rng.normal(size=shape) * size * np.exp(rng.normal(size=(shape[0], 1)) * 2)
+        values[rng.random(shape[0]) < 0.05] = 0
+        values[:, rng.random(shape[1]) < 0.05] *= 1e-33
+        return values.astype(F32).astype(dtype)
+
+    return Problem(
+        x=floats((m, k), 1.0),
+        dy=floats((m, n), 1e-3),
+        packed=pack(rng.integers(-1, 2, (n, k), np.int8)),
+        scale=rng.uniform(0.01, 0.1, n if rows else 1).astype(F32),
+        bias=rng.normal(size=n).astype(F32) if bias else None,
+        planes=random_planes(rng, n, k, rule, step, micro),
+    )
+
+
+def sample_problems(seed: int, count: int) -> Iterator[Problem]:
+    """`count` problems over the edges: both dtypes, scales, rules, with and without bias, first and later steps."""
+    rng = random.Random(seed)
+    for i, (m, n, k) in enumerate(sample_shapes(seed, count)):
+        yield random_problem(
+            seed * 1000 + i, m, n, k, dtype=rng.choice([F32, BF16]), rows=rng.random() < 0.5,
+            bias=rng.random() < 0.5, rule=rng.choice(RULES), step=rng.choice([0, 1, 7, 7, 123456]),
+            micro=rng.choice([0, 0, 1, 3]),
+        )  # fmt: skip
+
+
+def copy_planes(planes: Planes) -> Planes:
+    return {name: aligned(array) for name, array in planes.items()}
+
+
+def outputs(impl: Any, p: Problem, votes: int = 2) -> dict[str, Array]:
+    """Everything that one training step of the layer writes: forward, dX, `votes` micro-batches, flip."""
+    (m, k), n = p.x.shape, p.dy.shape[1]
+    out: dict[str, Array] = {"xq": np.full((m, -(-k // 16) * 16), 99, np.int8), "sx": np.full(m, 99, F32)}
+    out["y"] = impl.linear_forward(p.x, p.packed, p.scale, n, p.bias, xq=out["xq"], sx=out["sx"])
+    out["dx"] = impl.linear_backward_input(p.dy, p.packed, p.scale, k, p.planes["control"])
+    planes = copy_planes(p.planes)
+    out["ds"], out["db"] = np.ones(len(p.scale), F32), np.ones(n, F32)
+    for _ in range(votes):
+        impl.vote(p.dy, out["xq"], out["sx"], p.packed, p.scale, k, planes, ds=out["ds"], db=out["db"])
+    out.update({f"voted {name}": array.copy() for name, array in planes.items()})
+    out["packed"] = aligned(p.packed)
+    out["moved"] = np.array([impl.flip(out["packed"], planes)], np.int64)
+    out.update({f"flipped {name}": array for name, array in planes.items()})
+    return out
+
+
+def count(out: dict[str, Array]) -> int:
+    return sum(array.size for array in out.values())
+
+
+def assert_same_bits(got: dict[str, Array], want: dict[str, Array], what: Any) -> int:
+    """Fail unless every array has the same dtype, shape and bits; returns how many numbers were compared."""
+    assert got.keys() == want.keys()
+    for name, array in want.items():
+        other = got[name]
+        assert (other.dtype, other.shape) == (array.dtype, array.shape), f"{name} of {what}"
+        if np.ascontiguousarray(other).tobytes() != np.ascontiguousarray(array).tobytes():
+            bits = np.dtype(f"u{array.dtype.itemsize}")
+            wrong = np.argwhere(np.ascontiguousarray(other).view(bits) != np.ascontiguousarray(array).view(bits))
+            first = tuple(int(i) for i in wrong[0])
+            raise AssertionError(
+                f"{name} of {what}: {len(wrong)} of {array.size} differ, first at {first}: got {other[first]!r}, "
+                f"want {array[first]!r}"
+            )
+    return count(want)
