@@ -8,6 +8,7 @@
 #define OB_INLINE static inline __attribute__((always_inline, unused))
 #define OB_ALIGNED(bytes) __attribute__((aligned(bytes)))
 #define OB_MIN(a, b) ((a) < (b) ? (a) : (b))
+#define OB_MAX(a, b) ((a) > (b) ? (a) : (b))
 #define OB_CEIL_DIV(a, b) (((a) + (b) - 1) / (b))
 
 #endif

@@ -1,0 +1,65 @@
+/* all.tmpl.h - expands every kernel template on the including file's vocabulary into one table.
+ *
+ * The ISA file defines, before it includes this:
+ *   OB_ISA_NAME           identifier, e.g. avx2
+ *   OB_FORWARD_ROWS, OB_INPUT_ROWS, OB_WEIGHT_ROWS   tile heights
+ *   vf, vi                16 float / 16 int32 lanes, and on them
+ *     vf_load vf_store vf_set1 vf_add vf_mul vf_min vf_max vf_rint vf_floor vf_zero_nan vf_sum vf_bits vf_to_bits
+ *     vi_load vi_store vi_set1 vi_iota vi_add vi_sub vi_mul vi_and vi_andnot vi_or vi_xor vi_srl vi_sra vi_sll vi_srlv
+ *     vi_max vi_hmax vi_sum vi_sum64 vi_to_f32 vi_from_f32 vi_load_i8 vi_store_i8 vi_load_u16 vi_store_u16
+ *     v_mask_beyond64 v_transpose16
+ *   dot_forward decode_input_panel dot_input pack_token_panel dot_weight   the integer tiles (contracts: kernel.h)
+ * Rules every vocabulary keeps: vf_sum adds lanes l + (l+8), then +4, +2, +1; vf_rint is half to even for |x| < 2^22;
+ * vf_floor is exact for |x| < 2^20 and may saturate beyond (callers clamp); vi_from_f32 is only given whole numbers;
+ * no operation is contracted into another. */
+
+#include "kernel.h"
+
+#include <string.h>
+
+#include "lanes.tmpl.h"
+
+#include "quantize.tmpl.h"
+
+#include "store.tmpl.h"
+
+#include "../flip_rules/residual8.h"
+#include "../flip_rules/residual8_momentum4.h"
+
+#include "vote.tmpl.h"
+
+#include "flip.tmpl.h"
+
+#define OB_TABLE_NAME_(isa) ob_kernels__##isa
+#define OB_TABLE_NAME(isa) OB_TABLE_NAME_(isa)
+#define OB_TEXT_(x) #x
+#define OB_TEXT(x) OB_TEXT_(x)
+
+const ob_kernels OB_TABLE_NAME(OB_ISA_NAME) = {
+    .name = OB_TEXT(OB_ISA_NAME),
+    .forward_rows = OB_FORWARD_ROWS,
+    .input_rows = OB_INPUT_ROWS,
+    .weight_rows = OB_WEIGHT_ROWS,
+    .quantize_row = quantize_row,
+    .quantize_row_sr = quantize_row_sr,
+    .column_absmax = column_absmax,
+    .quantize_columns_sr = quantize_columns_sr,
+    .dot_forward = dot_forward,
+    .decode_input_panel = decode_input_panel,
+    .dot_input = dot_input,
+    .pack_token_panel = pack_token_panel,
+    .dot_weight = dot_weight,
+    .store_rows = store_rows,
+    .vote_tile =
+        {
+#define OB_RULE(name, residual_bits, momentum_bits) [OB_RULE_##name] = vote_tile_##name,
+#include "../flip_rules/rules.def"
+#undef OB_RULE
+        },
+    .flip_row =
+        {
+#define OB_RULE(name, residual_bits, momentum_bits) [OB_RULE_##name] = flip_row_##name,
+#include "../flip_rules/rules.def"
+#undef OB_RULE
+        },
+};

@@ -1,0 +1,108 @@
+/* lanes.tmpl.h - small helpers on 16 lanes that every template uses: typed loads and stores with tails, random lanes. */
+
+#define LANES 16
+#define STRIP_VECTORS (OB_STRIP / LANES)
+
+static const float OB_NAN_CANONICAL = __builtin_nanf("");
+
+OB_INLINE float
+float_of_bits(uint32_t bits)
+{
+    float f;
+    memcpy(&f, &bits, sizeof f);
+    return f;
+}
+
+/* Entries i .. i+15 of a row of n float32 or bfloat16; zeros beyond the end. */
+OB_INLINE vf
+load_lanes(ob_dtype dt, const void *row, size_t i, size_t n)
+{
+    if (dt == OB_F32) {
+        const float *p = (const float *)row + i;
+        if (n - i >= LANES)
+            return vf_load(p);
+        float tail[LANES] = {0};
+        memcpy(tail, p, (n - i) * sizeof *p);
+        return vf_load(tail);
+    }
+    const uint16_t *p = (const uint16_t *)row + i;
+    if (n - i >= LANES)
+        return vf_bits(vi_sll(vi_load_u16(p), 16));
+    uint16_t tail[LANES] = {0};
+    memcpy(tail, p, (n - i) * sizeof *p);
+    return vf_bits(vi_sll(vi_load_u16(tail), 16));
+}
+
+/* float32 -> bfloat16 bits in the low half of each lane: nearest, half to even; NaN becomes the quiet NaN 0x7FC0. */
+OB_INLINE vi
+bf16_lanes(vf v)
+{
+    vi bits = vf_to_bits(v), lsb = vi_and(vi_srl(bits, 16), vi_set1(1));
+    vi rounded = vi_srl(vi_add(bits, vi_add(lsb, vi_set1(0x7FFF))), 16);
+    vi magnitude = vi_and(bits, vi_set1(0x7FFFFFFF));
+    /* all ones where magnitude > 0x7F800000: the difference is negative exactly for NaN */
+    vi nan = vi_sra(vi_sub(vi_set1(0x7F800000), magnitude), 31);
+    return vi_or(vi_and(nan, vi_set1(0x7FC0)), vi_andnot(nan, rounded));
+}
+
+OB_INLINE void
+store_lanes(ob_dtype dt, void *row, size_t i, size_t n, vf v)
+{
+    if (dt == OB_F32) {
+        float *p = (float *)row + i;
+        if (n - i >= LANES) {
+            vf_store(p, v);
+            return;
+        }
+        float tail[LANES];
+        vf_store(tail, v);
+        memcpy(p, tail, (n - i) * sizeof *p);
+        return;
+    }
+    uint16_t *p = (uint16_t *)row + i;
+    if (n - i >= LANES) {
+        vi_store_u16(p, bf16_lanes(v));
+        return;
+    }
+    uint16_t tail[LANES];
+    vi_store_u16(tail, bf16_lanes(v));
+    memcpy(p, tail, (n - i) * sizeof *p);
+}
+
+/* base/rng.h on 16 lanes: position = column * OB_RNG_GOLDEN + a, then the keyed hash. */
+OB_INLINE vi
+hash_lanes(vi position, vi b)
+{
+    vi x = vi_mul(vi_xor(position, vi_srl(position, 16)), vi_set1((int32_t)OB_RNG_MUL1));
+    x = vi_xor(x, b);
+    x = vi_mul(vi_xor(x, vi_srl(x, 15)), vi_set1((int32_t)OB_RNG_MUL2));
+    return vi_xor(x, vi_srl(x, 16));
+}
+
+OB_INLINE vf
+uniform_of(vi hash)
+{
+    return vf_mul(vi_to_f32(vi_srl(hash, 8)), vf_set1(0x1p-24f));
+}
+
+/* Uniforms of columns first .. first+15 of one row. */
+OB_INLINE vf
+uniform_lanes(ob_rng_row rng, size_t first)
+{
+    vi position = vi_add(vi_mul(vi_iota(), vi_set1((int32_t)OB_RNG_GOLDEN)),
+                         vi_set1((int32_t)((uint32_t)first * OB_RNG_GOLDEN + rng.a)));
+    return uniform_of(hash_lanes(position, vi_set1((int32_t)rng.b)));
+}
+
+/* SR(v) = clamp(floor(v + r), +-limit), as a whole float */
+OB_INLINE vf
+stochastic_round(vf v, vf r, float limit)
+{
+    return vf_max(vf_min(vf_floor(vf_add(v, r)), vf_set1(limit)), vf_set1(-limit));
+}
+
+OB_INLINE vi
+absolute_bits(vf v)
+{
+    return vi_and(vf_to_bits(v), vi_set1(0x7FFFFFFF));
+}
