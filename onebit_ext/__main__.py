@@ -1,0 +1,7 @@
+"""`python -m onebit_ext` is `onebit-ext`."""
+
+import sys
+
+from .tools.cli import main
+
+sys.exit(main())
