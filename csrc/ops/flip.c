@@ -95,8 +95,8 @@ ob_flip(size_t n, size_t k, uint8_t *packed, ob_planes *planes, uint64_t *moved)
                        .key = ob_control_key(control, 0.0, OB_STREAM_MOMENTUM_STEP), .step = ob_control_step(control)};
         ob_parallel(OB_CEIL_DIV(n, (size_t)OB_STRIP), flip_rows, &f);
         *moved = f.moved;
-        update_guard(control, f.moved, (double)n * (double)k);
     }
+    update_guard(control, *moved, (double)n * (double)k);
     float rho = agreement(n, planes);
     update_factor(n, planes->row_factor, planes->row_sum, rho, control);
     update_factor(k, planes->col_factor, planes->col_sum, rho, control);
