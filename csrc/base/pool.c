@@ -261,11 +261,17 @@ run_region(size_t threads)
 void
 ob_parallel(size_t tasks, void (*run)(void *arg, size_t task, size_t thread), void *arg)
 {
+    ob_parallel_on(ob_num_threads(), tasks, run, arg);
+}
+
+void
+ob_parallel_on(size_t threads, size_t tasks, void (*run)(void *arg, size_t task, size_t thread),
+               void *arg)
+{
     if (!tasks) {
         return;
     }
     uint64_t control = ob_fp_default();
-    size_t threads = ob_num_threads();
     int nested = inside;
     inside = 1;
     if (tasks > 1 && threads > 1 && !nested && pthread_mutex_trylock(&pool.busy) == 0) {

@@ -20,4 +20,9 @@
  * ob_cpu_cores().  ONEBIT_POOL_JITTER=microseconds delays every task at random, for tests. */
 void ob_parallel(size_t tasks, void (*run)(void *arg, size_t task, size_t thread), void *arg);
 
+/* The same with thread in [0, threads): for callers whose scratch was cut for that many, since another thread may set
+ * the number at any time. */
+void ob_parallel_on(size_t threads, size_t tasks, void (*run)(void *arg, size_t task, size_t thread),
+                    void *arg);
+
 #endif

@@ -17,9 +17,9 @@ ob_padded_k(size_t k)
 
 /* Tokens of one task: all of them if the strips alone feed the threads, else as few as keep every thread busy. */
 static size_t
-tokens_per_task(size_t m, size_t strips, size_t tile_rows)
+tokens_per_task(size_t m, size_t strips, size_t tile_rows, size_t threads)
 {
-    size_t wanted = OB_CEIL_DIV(4 * ob_num_threads(), OB_MIN(strips, 4 * ob_num_threads()));
+    size_t wanted = OB_CEIL_DIV(4 * threads, OB_MIN(strips, 4 * threads));
     size_t tiles = OB_CEIL_DIV(OB_CEIL_DIV(m, tile_rows), wanted);
     return OB_MIN(m, OB_MAX(tiles, (size_t)8) * tile_rows); /* 8 tiles pay for a panel's decoding */
 }
@@ -46,6 +46,7 @@ typedef struct product {
     int32_t *sum;   /* (M,) */
     uint8_t *panels; /* dX: one per thread */
     uint64_t key;
+    size_t threads;       /* panels */
     size_t block, blocks; /* tokens per task, tasks per strip */
     size_t nonfinite;
 } product;
@@ -128,9 +129,9 @@ run_product(product *p, size_t tile_rows, void (*quantize)(void *, size_t, size_
     ob_parallel(OB_CEIL_DIV(p->m, (size_t)QUANTIZE_ROWS), quantize, p);
     if (p->m == 0 || strips == 0)
         return;
-    p->block = tokens_per_task(p->m, strips, tile_rows);
+    p->block = tokens_per_task(p->m, strips, tile_rows, p->threads);
     p->blocks = OB_CEIL_DIV(p->m, p->block);
-    ob_parallel(strips * p->blocks, tile, p);
+    ob_parallel_on(p->threads, strips * p->blocks, tile, p);
 }
 
 ob_status
@@ -147,7 +148,8 @@ ob_linear_forward(const ob_weights *w, size_t m, ob_dtype dt, const void *x, voi
     float *scale = sx ? sx : ob_scratch_take(m * sizeof *scale);
     if (sum && q && scale) {
         product p = {.kernels = ob_kernels_active(), .w = w, .dt = dt, .m = m, .inner = w->k, .padded = padded,
-                     .outer = w->n, .in = x, .out = y, .q = q, .scale = scale, .sum = sum};
+                     .outer = w->n, .in = x, .out = y, .q = q, .scale = scale, .sum = sum,
+                     .threads = ob_num_threads()};
         run_product(&p, p.kernels->forward_rows, quantize_forward_rows, forward_task);
     }
     else
@@ -165,11 +167,11 @@ ob_linear_backward_input(const ob_weights *w, size_t m, ob_dtype dt, const void 
                          size_t *nonfinite)
 {
     ob_status status = ob_check_weights(w);
-    size_t padded = ob_padded_k(w->n), q_bytes, panel_bytes, bytes;
+    size_t padded = ob_padded_k(w->n), threads = ob_num_threads(), q_bytes, panel_bytes, bytes;
     if (status != OB_OK)
         return status;
     if (w->n > OB_MAX_K || !ob_mul(m, padded, &q_bytes) || !ob_mul(m, w->k, &bytes) || bytes > SIZE_MAX / 4
-        || !ob_mul(padded * OB_STRIP, ob_num_threads(), &panel_bytes))
+        || !ob_mul(padded * OB_STRIP, threads, &panel_bytes))
         return OB_OVERFLOW;
     int32_t *sum = ob_scratch_take(m * sizeof *sum);
     int8_t *q = ob_scratch_take(q_bytes);
@@ -177,7 +179,7 @@ ob_linear_backward_input(const ob_weights *w, size_t m, ob_dtype dt, const void 
     uint8_t *panels = ob_scratch_take(panel_bytes);
     if (sum && q && scale && panels) {
         product p = {.kernels = ob_kernels_active(), .w = w, .dt = dt, .m = m, .inner = w->n, .padded = padded,
-                     .outer = w->k, .in = dy, .out = dx, .q = q, .scale = scale, .sum = sum, .panels = panels,
+                     .outer = w->k, .in = dy, .out = dx, .q = q, .scale = scale, .sum = sum, .panels = panels, .threads = threads,
                      .key = ob_control_key(control, control[OB_CTL_MICRO], OB_STREAM_INPUT_GRAD)};
         run_product(&p, p.kernels->input_rows, quantize_gradient_rows, input_task);
         *nonfinite = p.nonfinite;

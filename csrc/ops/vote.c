@@ -180,7 +180,7 @@ vote_chunk(vote_call *v, float *ds, float *db)
     if (v->strips && (v->planes || ds)) {
         prepare_votes(v);
         memset(v->row_code, 0, v->threads * n_count * sizeof *v->row_code);
-        ob_parallel(v->strips, vote_strip, v);
+        ob_parallel_on(v->threads, v->strips, vote_strip, v);
         if (ds)
             collect_scale_gradient(v, ds);
     }
