@@ -38,6 +38,7 @@ clean:
 
 # need(test command, what is missing, Debian package)
 need = @$(1) >/dev/null 2>&1 || { echo "onebit_ext needs $(2); on Debian or Ubuntu: apt install $(3)" >&2; exit 1; }
+COMPILER := import sysconfig; print(sysconfig.get_config_var('CC').split()[0])
 VERSION := import sys; sys.exit(sys.hexversion < 0x030b0000)
 INCLUDE := import os; import sys; import sysconfig; sys.exit(not os.path.exists(sysconfig.get_path('include') + '/Python.h'))
 
@@ -45,7 +46,7 @@ $(VENV)/bin/python:
 	$(call need,$(PYTHON) -c "$(VERSION)",Python 3.11 or newer as '$(PYTHON)' or PYTHON=...,python3)
 	$(call need,$(PYTHON) -c "import ensurepip; import venv",Python's venv and ensurepip modules,python3-venv)
 	$(call need,$(PYTHON) -c "$(INCLUDE)",Python's C headers (Python.h),python3-dev)
-	$(call need,command -v $${CC:-cc},a C compiler,gcc libc6-dev)
+	$(call need,command -v $${CC:-$$($(PYTHON) -c "$(COMPILER)")},a C compiler,gcc libc6-dev)
 	$(PYTHON) -m venv $(VENV)
 
 # pip's --extra-index-url only if it answers: PyPI's own torch for x86-64 Linux brings gigabytes of CUDA along.

@@ -28,7 +28,11 @@ ISA_FLAGS = {
 }
 FLAGS = [
     *("-O3", "-std=gnu11", "-pthread", "-fvisibility=hidden"),
-    *("-ffp-contract=off", "-fno-math-errno", "-fno-fast-math"),  # the same bits on every instruction set
+    *(
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-fno-fast-math",
+    ),  # the same bits on every instruction set
     *("-Wall", "-Wextra", "-Wconversion", "-Wshadow"),
 ]
 MACROS = ["-DNPY_NO_DEPRECATED_API=NPY_2_0_API_VERSION", "-DNPY_TARGET_VERSION=NPY_2_0_API_VERSION"]
@@ -47,7 +51,13 @@ def variant() -> tuple[str, list[str], list[str]]:
     if sanitizers := os.environ.get("ONEBIT_SANITIZE"):
         name += "-" + sanitizers.replace(",", "-")
         link_flags.append(f"-fsanitize={sanitizers}")
-        compile_flags += [*link_flags, "-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
+        compile_flags += [
+            *link_flags,
+            "-O1",
+            "-g",
+            "-fno-omit-frame-pointer",
+            "-fno-sanitize-recover=undefined",
+        ]
     if os.environ.get("ONEBIT_COVERAGE"):
         name += "-coverage"
         link_flags.append("--coverage")
@@ -75,7 +85,10 @@ class BuildExt(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         linked = folder / target.name
         self.compiler.link_shared_object(
-            [str(path) for path in objects], str(linked), extra_preargs=[*link_flags, "-pthread"], build_temp=str(folder)
+            [str(path) for path in objects],
+            str(linked),
+            extra_preargs=[*link_flags, "-pthread"],
+            build_temp=str(folder),
         )
         target.parent.mkdir(parents=True, exist_ok=True)
         fresh = target.with_name(target.name + ".new")
@@ -89,7 +102,18 @@ class BuildExt(build_ext):
         made.parent.mkdir(parents=True, exist_ok=True)
         system = [f"-isystem{path}" for path in self.headers]  # their warnings are not ours
         flags = self.flags + ISA_FLAGS.get(source.removeprefix("csrc/"), [])
-        command = [*self.compiler.compiler_so, *flags, *system, "-MMD", "-MF", str(depends), "-c", source, "-o", str(made)]
+        command = [
+            *self.compiler.compiler_so,
+            *flags,
+            *system,
+            "-MMD",
+            "-MF",
+            str(depends),
+            "-c",
+            source,
+            "-o",
+            str(made),
+        ]
         if not self.is_current(made, depends, recipe, command):
             recipe.unlink(missing_ok=True)
             done = subprocess.run(command + self.strict, cwd=ROOT, stderr=subprocess.PIPE, text=True)
