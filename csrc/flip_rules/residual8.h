@@ -8,7 +8,8 @@
 
 /* 64 columns of row n; u holds their votes in units of the learning rate. */
 OB_INLINE void
-residual_add(int8_t *residual, size_t columns, const vf *u, float step, ob_rng_row rng, size_t first)
+residual_add(int8_t *residual, size_t columns, const vf *u, float step, ob_rng_row rng,
+             size_t first)
 {
     int8_t tail[OB_STRIP] = {0}, *e = residual;
     if (columns < OB_STRIP) {
@@ -16,18 +17,22 @@ residual_add(int8_t *residual, size_t columns, const vf *u, float step, ob_rng_r
         e = tail;
     }
     for (size_t v = 0; v < STRIP_VECTORS; v++) {
-        vf d = stochastic_round(vf_mul(u[v], vf_set1(step)), uniform_lanes(rng, first + v * LANES), 127.0f);
+        vf d = stochastic_round(vf_mul(u[v], vf_set1(step)), uniform_lanes(rng, first + v * LANES),
+                                127.0f);
         vf moved = vf_add(vi_to_f32(vi_load_i8(e + v * LANES)), d); /* whole numbers: exact */
-        vi_store_i8(e + v * LANES, vi_from_f32(vf_max(vf_min(moved, vf_set1(127.0f)), vf_set1(-127.0f))));
+        vi_store_i8(e + v * LANES,
+                    vi_from_f32(vf_max(vf_min(moved, vf_set1(127.0f)), vf_set1(-127.0f))));
     }
-    if (columns < OB_STRIP)
+    if (columns < OB_STRIP) {
         memcpy(residual, tail, columns);
+    }
 }
 
 OB_INLINE void
 vote_row_residual8(const ob_vote_strip *s, size_t n, const vf *u)
 {
-    residual_add(s->residual + n * s->k + s->strip * OB_STRIP, s->columns, u, s->step, s->rng[n], s->strip * OB_STRIP);
+    residual_add(s->residual + n * s->k + s->strip * OB_STRIP, s->columns, u, s->step, s->rng[n],
+                 s->strip * OB_STRIP);
 }
 
 OB_INLINE void

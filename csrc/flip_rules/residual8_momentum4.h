@@ -22,8 +22,9 @@ OB_INLINE void
 momentum4_store(uint8_t *codes, uint16_t *scale, const vf *m, ob_rng_row rng, size_t first)
 {
     vi top = vi_set1(0);
-    for (size_t v = 0; v < STRIP_VECTORS; v++)
+    for (size_t v = 0; v < STRIP_VECTORS; v++) {
         top = vi_max(top, absolute_bits(m[v]));
+    }
     float absmax = float_of_bits((uint32_t)vi_hmax(top)), seventh = absmax / 7.0f;
     if (absmax < OB_TINY) {
         memset(codes, 0, OB_STRIP / 2);
@@ -35,10 +36,13 @@ momentum4_store(uint8_t *codes, uint16_t *scale, const vf *m, ob_rng_row rng, si
     *scale = (uint16_t)((bits + 0xFFFFu) >> 16); /* up, so that no code passes 7 */
     vf inverse = vf_set1(1.0f / float_of_bits((uint32_t)*scale << 16));
     vi code[STRIP_VECTORS];
-    for (size_t v = 0; v < STRIP_VECTORS; v++)
-        code[v] = vi_from_f32(stochastic_round(vf_mul(m[v], inverse), uniform_lanes(rng, first + v * LANES), 7.0f));
+    for (size_t v = 0; v < STRIP_VECTORS; v++) {
+        code[v] = vi_from_f32(
+            stochastic_round(vf_mul(m[v], inverse), uniform_lanes(rng, first + v * LANES), 7.0f));
+    }
     for (size_t half = 0; half < 2; half++) {
-        vi low = vi_and(code[half], vi_set1(15)), high = vi_sll(vi_and(code[half + 2], vi_set1(15)), 4);
+        vi low = vi_and(code[half], vi_set1(15)),
+           high = vi_sll(vi_and(code[half + 2], vi_set1(15)), 4);
         vi byte = vi_or(low, high); /* sign-extend: vi_store_i8 takes values of int8 */
         vi_store_i8((int8_t *)codes + half * LANES, vi_sra(vi_sll(byte, 24), 24));
     }
@@ -51,8 +55,9 @@ vote_row_residual8_momentum4(const ob_vote_strip *s, size_t n, const vf *u)
     uint16_t *scale = s->momentum_scale + n * s->strips + s->strip;
     vf m[STRIP_VECTORS], keep = vf_set1(s->beta1), take = vf_set1(s->one_minus_beta1);
     momentum4_load(codes, *scale, m);
-    for (size_t v = 0; v < STRIP_VECTORS; v++)
+    for (size_t v = 0; v < STRIP_VECTORS; v++) {
         m[v] = vf_add(vf_mul(keep, m[v]), vf_mul(take, u[v]));
+    }
     momentum4_store(codes, scale, m, s->rng[n], s->strip * OB_STRIP);
 }
 
@@ -62,7 +67,8 @@ release_residual8_momentum4(const ob_flip_row *row, size_t strip)
     size_t first = strip * OB_STRIP;
     vf m[STRIP_VECTORS];
     momentum4_load(row->momentum + strip * (OB_STRIP / 2), row->momentum_scale[strip], m);
-    residual_add(row->residual + first, OB_MIN(row->k - first, (size_t)OB_STRIP), m, row->step, row->rng, first);
+    residual_add(row->residual + first, OB_MIN(row->k - first, (size_t)OB_STRIP), m, row->step,
+                 row->rng, first);
 }
 
 #endif

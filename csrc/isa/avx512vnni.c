@@ -12,96 +12,12 @@
 #include <string.h>
 
 #include "../kernels/kernel.h"
+#include "vocabulary_avx512.h"
 
 #define OB_ISA_NAME avx512vnni
 #define OB_FORWARD_ROWS 6
 #define OB_INPUT_ROWS 6
 #define OB_WEIGHT_ROWS 6
-
-/* ------------------------------------------------------------------ vocabulary: 16 lanes in one register */
-typedef __m512 vf;
-typedef __m512i vi;
-
-OB_INLINE vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
-OB_INLINE void vf_store(float *p, vf v) { _mm512_storeu_ps(p, v); }
-OB_INLINE vf vf_set1(float x) { return _mm512_set1_ps(x); }
-OB_INLINE vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
-OB_INLINE vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
-OB_INLINE vf vf_min(vf a, vf b) { return _mm512_min_ps(a, b); }
-OB_INLINE vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
-OB_INLINE vf vf_rint(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-OB_INLINE vf vf_floor(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
-OB_INLINE vf vf_zero_nan(vf a) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a); }
-OB_INLINE vf vf_bits(vi a) { return _mm512_castsi512_ps(a); }
-OB_INLINE vi vf_to_bits(vf a) { return _mm512_castps_si512(a); }
-
-OB_INLINE float
-vf_sum(vf a)
-{
-    __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
-}
-
-OB_INLINE vi vi_load(const int32_t *p) { return _mm512_loadu_si512(p); }
-OB_INLINE void vi_store(int32_t *p, vi v) { _mm512_storeu_si512(p, v); }
-OB_INLINE vi vi_set1(int32_t x) { return _mm512_set1_epi32(x); }
-OB_INLINE vi vi_iota(void) { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
-OB_INLINE vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
-OB_INLINE vi vi_sub(vi a, vi b) { return _mm512_sub_epi32(a, b); }
-OB_INLINE vi vi_mul(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
-OB_INLINE vi vi_and(vi a, vi b) { return _mm512_and_si512(a, b); }
-OB_INLINE vi vi_andnot(vi mask, vi a) { return _mm512_andnot_si512(mask, a); }
-OB_INLINE vi vi_or(vi a, vi b) { return _mm512_or_si512(a, b); }
-OB_INLINE vi vi_xor(vi a, vi b) { return _mm512_xor_si512(a, b); }
-OB_INLINE vi vi_srl(vi a, unsigned n) { return _mm512_srli_epi32(a, n); }
-OB_INLINE vi vi_sra(vi a, unsigned n) { return _mm512_srai_epi32(a, n); }
-OB_INLINE vi vi_sll(vi a, unsigned n) { return _mm512_slli_epi32(a, n); }
-OB_INLINE vi vi_srlv(vi a, vi n) { return _mm512_srlv_epi32(a, n); }
-OB_INLINE vi vi_max(vi a, vi b) { return _mm512_max_epi32(a, b); }
-OB_INLINE int32_t vi_hmax(vi a) { return _mm512_reduce_max_epi32(a); }
-OB_INLINE int32_t vi_sum(vi a) { return _mm512_reduce_add_epi32(a); }
-OB_INLINE vf vi_to_f32(vi a) { return _mm512_cvtepi32_ps(a); }
-OB_INLINE vi vi_from_f32(vf a) { return _mm512_cvttps_epi32(a); }
-OB_INLINE vi vi_load_i8(const int8_t *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)); }
-OB_INLINE void vi_store_i8(int8_t *p, vi a) { _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8(a)); }
-OB_INLINE vi vi_load_u16(const uint16_t *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)); }
-OB_INLINE void vi_store_u16(uint16_t *p, vi a) { _mm256_storeu_si256((void *)p, _mm512_cvtepi32_epi16(a)); }
-
-OB_INLINE int64_t
-vi_sum64(vi a, vi b)
-{
-    __m512i even = _mm512_add_epi64(_mm512_srai_epi64(_mm512_slli_epi64(a, 32), 32),
-                                    _mm512_srai_epi64(_mm512_slli_epi64(b, 32), 32));
-    __m512i odd = _mm512_add_epi64(_mm512_srai_epi64(a, 32), _mm512_srai_epi64(b, 32));
-    return _mm512_reduce_add_epi64(_mm512_add_epi64(even, odd));
-}
-
-OB_INLINE uint64_t
-v_mask_beyond64(const int8_t *p)
-{
-    __m512i e = _mm512_loadu_si512(p);
-    return _mm512_cmpgt_epi8_mask(e, _mm512_set1_epi8(64)) | _mm512_cmplt_epi8_mask(e, _mm512_set1_epi8(-64));
-}
-
-/* 16 x 16 bytes, rows of `in` at stride ld, to contiguous rows of `out` */
-OB_INLINE void
-v_transpose16(const int8_t *in, size_t ld, int8_t *out)
-{
-    __m128i r[16], t[16];
-    for (size_t i = 0; i < 16; i++)
-        r[i] = _mm_loadu_si128((const void *)(in + i * ld));
-    for (unsigned round = 0; round < 4; round++) {
-        for (size_t i = 0; i < 8; i++) {
-            t[2 * i] = _mm_unpacklo_epi8(r[i], r[i + 8]);
-            t[2 * i + 1] = _mm_unpackhi_epi8(r[i], r[i + 8]);
-        }
-        memcpy(r, t, sizeof r);
-    }
-    for (size_t i = 0; i < 16; i++)
-        _mm_storeu_si128((void *)(out + 16 * i), r[i]);
-}
 
 /* ------------------------------------------------------------------ integer tiles */
 OB_INLINE __m512i
@@ -126,37 +42,44 @@ finish_tile(size_t rows, __m512i sum[][4], const int32_t *offset, int32_t factor
     for (size_t r = 0; r < rows; r++) {
         __m512i bias = _mm512_set1_epi32((int32_t)((uint32_t)offset[r] * (uint32_t)factor));
 #pragma GCC unroll 4
-        for (size_t v = 0; v < 4; v++)
+        for (size_t v = 0; v < 4; v++) {
             vi_store(acc[r] + 16 * v, _mm512_sub_epi32(sum[r][v], bias));
+        }
     }
 }
 
 /* rows x 64 outputs, codes decoded on the fly: shift and AND use ports that vpdpbusd leaves free */
 OB_INLINE void
-forward_tile(size_t rows, size_t k_steps, const uint8_t *q, const int8_t *x, size_t ldx, const int32_t *offset, ob_acc *acc)
+forward_tile(size_t rows, size_t k_steps, const uint8_t *q, const int8_t *x, size_t ldx,
+             const int32_t *offset, ob_acc *acc)
 {
     const __m512i three = _mm512_set1_epi8(3);
     __m512i sum[6][4];
 #pragma GCC unroll 6
     for (size_t r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (size_t v = 0; v < 4; v++)
+        for (size_t v = 0; v < 4; v++) {
             sum[r][v] = _mm512_setzero_si512();
+        }
     for (size_t i = 0; i < k_steps; i++, q += 256, x += 16) {
-        for (size_t line = 0; line < 4; line++)
+        for (size_t line = 0; line < 4; line++) {
             _mm_prefetch((const char *)q + 2048 + 64 * line, _MM_HINT_T0);
+        }
 #pragma GCC unroll 4
         for (int p = 0; p < 4; p++) {
             __m512i w[4];
 #pragma GCC unroll 4
-            for (size_t v = 0; v < 4; v++)
-                w[v] = _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(q + 64 * v), 2 * p), three);
+            for (size_t v = 0; v < 4; v++) {
+                w[v] = _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(q + 64 * v), 2 * p),
+                                        three);
+            }
 #pragma GCC unroll 6
             for (size_t r = 0; r < rows; r++) {
                 __m512i b = broadcast4(x + r * ldx + 4 * p);
 #pragma GCC unroll 4
-                for (size_t v = 0; v < 4; v++)
+                for (size_t v = 0; v < 4; v++) {
                     sum[r][v] = dot4(sum[r][v], w[v], b);
+                }
             }
         }
     }
@@ -165,63 +88,74 @@ forward_tile(size_t rows, size_t k_steps, const uint8_t *q, const int8_t *x, siz
 
 /* One token: no shifts. Masked codes are 4^p times the code; one accumulator per p, divided exactly at the end. */
 static void
-forward_vector(size_t k_steps, const uint8_t *q, const int8_t *x, const int32_t *offset, ob_acc *acc)
+forward_vector(size_t k_steps, const uint8_t *q, const int8_t *x, const int32_t *offset,
+               ob_acc *acc)
 {
-    const __m512i mask[4] = {_mm512_set1_epi8(3), _mm512_set1_epi8(12), _mm512_set1_epi8(48), _mm512_set1_epi8((char)192)};
+    const __m512i mask[4] = {_mm512_set1_epi8(3), _mm512_set1_epi8(12), _mm512_set1_epi8(48),
+                             _mm512_set1_epi8((char)192)};
     __m512i sum[4][4];
 #pragma GCC unroll 4
     for (size_t v = 0; v < 4; v++)
 #pragma GCC unroll 4
-        for (size_t p = 0; p < 4; p++)
+        for (size_t p = 0; p < 4; p++) {
             sum[v][p] = _mm512_setzero_si512();
+        }
     for (size_t i = 0; i < k_steps; i++, q += 256, x += 16) {
-        for (size_t line = 0; line < 4; line++)
+        for (size_t line = 0; line < 4; line++) {
             _mm_prefetch((const char *)q + 4096 + 64 * line, _MM_HINT_T0);
+        }
         __m512i b[4] = {broadcast4(x), broadcast4(x + 4), broadcast4(x + 8), broadcast4(x + 12)};
 #pragma GCC unroll 4
         for (size_t v = 0; v < 4; v++) {
             __m512i w = _mm512_loadu_si512(q + 64 * v);
             __asm__("" : "+v"(w)); /* one load, not four */
 #pragma GCC unroll 4
-            for (size_t p = 0; p < 4; p++)
+            for (size_t p = 0; p < 4; p++) {
                 sum[v][p] = dot4(sum[v][p], _mm512_and_si512(w, mask[p]), b[p]);
+            }
         }
     }
     for (size_t v = 0; v < 4; v++) {
         __m512i low = _mm512_add_epi32(sum[v][0], _mm512_srai_epi32(sum[v][1], 2));
-        __m512i high = _mm512_add_epi32(_mm512_srai_epi32(sum[v][2], 4), _mm512_srai_epi32(sum[v][3], 6));
-        vi_store(acc[0] + 16 * v, _mm512_sub_epi32(_mm512_add_epi32(low, high), _mm512_set1_epi32(*offset)));
+        __m512i high =
+            _mm512_add_epi32(_mm512_srai_epi32(sum[v][2], 4), _mm512_srai_epi32(sum[v][3], 6));
+        vi_store(acc[0] + 16 * v,
+                 _mm512_sub_epi32(_mm512_add_epi32(low, high), _mm512_set1_epi32(*offset)));
     }
 }
 
 /* rows x 64 columns over a u8 panel of groups of four: acc = panel . s8 - factor * offset */
 OB_INLINE void
-panel_tile(size_t rows, size_t groups, const uint8_t *panel, const int8_t *s8, size_t ld, const int32_t *offset,
-           int32_t factor, ob_acc *acc)
+panel_tile(size_t rows, size_t groups, const uint8_t *panel, const int8_t *s8, size_t ld,
+           const int32_t *offset, int32_t factor, ob_acc *acc)
 {
     __m512i sum[6][4];
 #pragma GCC unroll 6
     for (size_t r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (size_t v = 0; v < 4; v++)
+        for (size_t v = 0; v < 4; v++) {
             sum[r][v] = _mm512_setzero_si512();
+        }
     for (size_t i = 0; i < groups; i++, panel += 256, s8 += 4) {
         __m512i w[4];
 #pragma GCC unroll 4
-        for (size_t v = 0; v < 4; v++)
+        for (size_t v = 0; v < 4; v++) {
             w[v] = _mm512_loadu_si512(panel + 64 * v);
+        }
 #pragma GCC unroll 6
         for (size_t r = 0; r < rows; r++) {
             __m512i b = broadcast4(s8 + r * ld);
 #pragma GCC unroll 4
-            for (size_t v = 0; v < 4; v++)
+            for (size_t v = 0; v < 4; v++) {
                 sum[r][v] = dot4(sum[r][v], w[v], b);
+            }
         }
     }
     finish_tile(rows, sum, offset, factor, acc);
 }
 
 /* A copy per tile height, so that the accumulators are registers. */
+/* clang-format off */
 #define BY_ROWS(call)                                                                                                  \
     switch (rows) {                                                                                                    \
     case 1: call(1); break;                                                                                            \
@@ -231,9 +165,11 @@ panel_tile(size_t rows, size_t groups, const uint8_t *panel, const int8_t *s8, s
     case 5: call(5); break;                                                                                            \
     default: call(6); break;                                                                                           \
     }
+/* clang-format on */
 
 static void
-dot_forward(size_t rows, size_t k_steps, const uint8_t *q, const int8_t *x, size_t ldx, const int32_t *sum, ob_acc *acc)
+dot_forward(size_t rows, size_t k_steps, const uint8_t *q, const int8_t *x, size_t ldx,
+            const int32_t *sum, ob_acc *acc)
 {
     if (rows == 1 && k_steps <= 16384) { /* 64 * 3 * 127 * K/4 fits int32 */
         forward_vector(k_steps, q, x, sum, acc);
@@ -245,8 +181,8 @@ dot_forward(size_t rows, size_t k_steps, const uint8_t *q, const int8_t *x, size
 }
 
 static void
-dot_panel(size_t rows, size_t groups, const uint8_t *panel, const int8_t *s8, size_t ld, const int32_t *sum, int32_t factor,
-          ob_acc *acc)
+dot_panel(size_t rows, size_t groups, const uint8_t *panel, const int8_t *s8, size_t ld,
+          const int32_t *sum, int32_t factor, ob_acc *acc)
 {
 #define TILE(r) panel_tile(r, groups, panel, s8, ld, sum, factor, acc)
     BY_ROWS(TILE)
@@ -254,13 +190,15 @@ dot_panel(size_t rows, size_t groups, const uint8_t *panel, const int8_t *s8, si
 }
 
 static void
-dot_input(size_t rows, size_t n_padded, const uint8_t *panel, const int8_t *q, size_t ldq, const int32_t *sum, ob_acc *acc)
+dot_input(size_t rows, size_t n_padded, const uint8_t *panel, const int8_t *q, size_t ldq,
+          const int32_t *sum, ob_acc *acc)
 {
     dot_panel(rows, n_padded / 4, panel, q, ldq, sum, 1, acc);
 }
 
 static void
-dot_weight(size_t rows, size_t m_padded, const uint8_t *panel, const int8_t *h, size_t ldh, const int32_t *sum, ob_acc *acc)
+dot_weight(size_t rows, size_t m_padded, const uint8_t *panel, const int8_t *h, size_t ldh,
+           const int32_t *sum, ob_acc *acc)
 {
     dot_panel(rows, m_padded / 4, panel, h, ldh, sum, 128, acc); /* the panel holds x + 128 */
 }
@@ -272,25 +210,31 @@ static void
 decode_input_panel(size_t n, size_t k_steps, const uint8_t *packed, size_t strip, uint8_t *panel)
 {
     const __m512i three = _mm512_set1_epi8(3);
-    const __m512i turn = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    const __m512i turn =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     size_t steps = OB_MIN(k_steps - 4 * strip, (size_t)4);
     for (size_t n0 = 0; n0 < n; n0 += 16) {
         const uint8_t *q = packed + (((n0 / 64) * k_steps + 4 * strip) * 4 + (n0 % 64) / 16) * 64;
         for (size_t i = 0; i < steps; i++) {
             uint8_t *out = panel + n0 * 64 + 64 * i;
             __m512i w = _mm512_shuffle_epi8(_mm512_loadu_si512(q + 256 * i), turn), plane[4];
-            for (int p = 0; p < 4; p++)
+            for (int p = 0; p < 4; p++) {
                 plane[p] = _mm512_and_si512(_mm512_srli_epi16(w, 2 * p), three);
-            __m512i ab0 = _mm512_shuffle_i32x4(plane[0], plane[1], 0x44), ab1 = _mm512_shuffle_i32x4(plane[0], plane[1], 0xEE);
-            __m512i cd0 = _mm512_shuffle_i32x4(plane[2], plane[3], 0x44), cd1 = _mm512_shuffle_i32x4(plane[2], plane[3], 0xEE);
+            }
+            __m512i ab0 = _mm512_shuffle_i32x4(plane[0], plane[1], 0x44),
+                    ab1 = _mm512_shuffle_i32x4(plane[0], plane[1], 0xEE);
+            __m512i cd0 = _mm512_shuffle_i32x4(plane[2], plane[3], 0x44),
+                    cd1 = _mm512_shuffle_i32x4(plane[2], plane[3], 0xEE);
             _mm512_storeu_si512(out, _mm512_shuffle_i32x4(ab0, cd0, 0x88));
             _mm512_storeu_si512(out + 256, _mm512_shuffle_i32x4(ab0, cd0, 0xDD));
             _mm512_storeu_si512(out + 512, _mm512_shuffle_i32x4(ab1, cd1, 0x88));
             _mm512_storeu_si512(out + 768, _mm512_shuffle_i32x4(ab1, cd1, 0xDD));
         }
-        for (size_t i = steps; i < 4; i++) /* columns beyond K */
-            for (size_t g = 0; g < 4; g++)
+        for (size_t i = steps; i < 4; i++) { /* columns beyond K */
+            for (size_t g = 0; g < 4; g++) {
                 _mm512_storeu_si512(panel + n0 * 64 + 64 * i + 256 * g, _mm512_set1_epi8(1));
+            }
+        }
     }
 }
 
@@ -303,8 +247,10 @@ pack_token_panel(size_t m, const int8_t *xq, size_t ldx, size_t strip, uint8_t *
     __mmask64 mask = columns == 64 ? ~(__mmask64)0 : (((__mmask64)1 << columns) - 1);
     for (size_t t = 0; t < m; t += 4, panel += 256) {
         __m512i r[4];
-        for (size_t i = 0; i < 4; i++)
-            r[i] = t + i < m ? _mm512_maskz_loadu_epi8(mask, xq + (t + i) * ldx + 64 * strip) : _mm512_setzero_si512();
+        for (size_t i = 0; i < 4; i++) {
+            r[i] = t + i < m ? _mm512_maskz_loadu_epi8(mask, xq + (t + i) * ldx + 64 * strip)
+                             : _mm512_setzero_si512();
+        }
         __m512i a0 = _mm512_unpacklo_epi8(r[0], r[1]), a1 = _mm512_unpackhi_epi8(r[0], r[1]);
         __m512i b0 = _mm512_unpacklo_epi8(r[2], r[3]), b1 = _mm512_unpackhi_epi8(r[2], r[3]);
         __m512i c0 = _mm512_unpacklo_epi16(a0, b0), c1 = _mm512_unpackhi_epi16(a0, b0);
@@ -313,8 +259,10 @@ pack_token_panel(size_t m, const int8_t *xq, size_t ldx, size_t strip, uint8_t *
         __m512i e0 = _mm512_shuffle_i32x4(c2, c3, 0x44), e1 = _mm512_shuffle_i32x4(c2, c3, 0xEE);
         _mm512_storeu_si512(panel, _mm512_xor_si512(flip, _mm512_shuffle_i32x4(d0, e0, 0x88)));
         _mm512_storeu_si512(panel + 64, _mm512_xor_si512(flip, _mm512_shuffle_i32x4(d0, e0, 0xDD)));
-        _mm512_storeu_si512(panel + 128, _mm512_xor_si512(flip, _mm512_shuffle_i32x4(d1, e1, 0x88)));
-        _mm512_storeu_si512(panel + 192, _mm512_xor_si512(flip, _mm512_shuffle_i32x4(d1, e1, 0xDD)));
+        _mm512_storeu_si512(panel + 128,
+                            _mm512_xor_si512(flip, _mm512_shuffle_i32x4(d1, e1, 0x88)));
+        _mm512_storeu_si512(panel + 192,
+                            _mm512_xor_si512(flip, _mm512_shuffle_i32x4(d1, e1, 0xDD)));
     }
 }
 

@@ -18,22 +18,56 @@ typedef struct {
     int32_t lane[16];
 } vi;
 
-#define EACH(type, expression)                                                                                         \
-    type out;                                                                                                          \
-    for (size_t i = 0; i < 16; i++)                                                                                    \
-        out.lane[i] = (expression);                                                                                    \
+#define EACH(type, expression)      \
+    type out;                       \
+    for (size_t i = 0; i < 16; i++) \
+        out.lane[i] = (expression); \
     return out
 #define U(x) ((uint32_t)(x))
 
-OB_INLINE vf vf_load(const float *p) { EACH(vf, p[i]); }
-OB_INLINE void vf_store(float *p, vf v) { memcpy(p, v.lane, sizeof v.lane); }
-OB_INLINE vf vf_set1(float x) { EACH(vf, x); }
-OB_INLINE vf vf_add(vf a, vf b) { EACH(vf, a.lane[i] + b.lane[i]); }
-OB_INLINE vf vf_mul(vf a, vf b) { EACH(vf, a.lane[i] * b.lane[i]); }
-OB_INLINE vf vf_min(vf a, vf b) { EACH(vf, a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]); }
-OB_INLINE vf vf_max(vf a, vf b) { EACH(vf, a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]); }
+/* clang-format off: one line a name */
+OB_INLINE vf
+vf_load(const float *p)
+{
+    EACH(vf, p[i]);
+}
+OB_INLINE void
+vf_store(float *p, vf v)
+{
+    memcpy(p, v.lane, sizeof v.lane);
+}
+OB_INLINE vf
+vf_set1(float x)
+{
+    EACH(vf, x);
+}
+OB_INLINE vf
+vf_add(vf a, vf b)
+{
+    EACH(vf, a.lane[i] + b.lane[i]);
+}
+OB_INLINE vf
+vf_mul(vf a, vf b)
+{
+    EACH(vf, a.lane[i] * b.lane[i]);
+}
+OB_INLINE vf
+vf_min(vf a, vf b)
+{
+    EACH(vf, a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]);
+}
+OB_INLINE vf
+vf_max(vf a, vf b)
+{
+    EACH(vf, a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]);
+}
 /* adding 1.5 * 2^23 rounds to a whole number, half to even, for |x| < 2^22 */
-OB_INLINE vf vf_rint(vf a) { EACH(vf, (a.lane[i] + 12582912.0f) - 12582912.0f); }
+OB_INLINE vf
+vf_rint(vf a)
+{
+    EACH(vf, (a.lane[i] + 12582912.0f) - 12582912.0f);
+}
+/* clang-format on */
 
 OB_INLINE vf
 vf_floor(vf a)
@@ -47,7 +81,9 @@ vf_floor(vf a)
     return out;
 }
 
+/* clang-format off */
 OB_INLINE vf vf_zero_nan(vf a) { EACH(vf, a.lane[i] == a.lane[i] ? a.lane[i] : 0.0f); }
+/* clang-format on */
 
 OB_INLINE vf
 vf_bits(vi a)
@@ -68,12 +104,15 @@ vf_to_bits(vf a)
 OB_INLINE float
 vf_sum(vf a)
 {
-    for (size_t half = 8; half; half /= 2)
-        for (size_t i = 0; i < half; i++)
+    for (size_t half = 8; half; half /= 2) {
+        for (size_t i = 0; i < half; i++) {
             a.lane[i] += a.lane[i + half];
+        }
+    }
     return a.lane[0];
 }
 
+/* clang-format off */
 OB_INLINE vi vi_load(const int32_t *p) { EACH(vi, p[i]); }
 OB_INLINE void vi_store(int32_t *p, vi v) { memcpy(p, v.lane, sizeof v.lane); }
 OB_INLINE vi vi_set1(int32_t x) { EACH(vi, x); }
@@ -94,27 +133,31 @@ OB_INLINE vf vi_to_f32(vi a) { EACH(vf, (float)a.lane[i]); }
 OB_INLINE vi vi_from_f32(vf a) { EACH(vi, (int32_t)a.lane[i]); }
 OB_INLINE vi vi_load_i8(const int8_t *p) { EACH(vi, p[i]); }
 OB_INLINE vi vi_load_u16(const uint16_t *p) { EACH(vi, p[i]); }
+/* clang-format on */
 
 OB_INLINE void
 vi_store_i8(int8_t *p, vi a)
 {
-    for (size_t i = 0; i < 16; i++)
+    for (size_t i = 0; i < 16; i++) {
         p[i] = (int8_t)a.lane[i];
+    }
 }
 
 OB_INLINE void
 vi_store_u16(uint16_t *p, vi a)
 {
-    for (size_t i = 0; i < 16; i++)
+    for (size_t i = 0; i < 16; i++) {
         p[i] = (uint16_t)a.lane[i];
+    }
 }
 
 OB_INLINE int32_t
 vi_hmax(vi a)
 {
     int32_t top = a.lane[0];
-    for (size_t i = 1; i < 16; i++)
+    for (size_t i = 1; i < 16; i++) {
         top = a.lane[i] > top ? a.lane[i] : top;
+    }
     return top;
 }
 
@@ -122,8 +165,9 @@ OB_INLINE int32_t
 vi_sum(vi a)
 {
     uint32_t sum = 0;
-    for (size_t i = 0; i < 16; i++)
+    for (size_t i = 0; i < 16; i++) {
         sum += U(a.lane[i]);
+    }
     return (int32_t)sum;
 }
 
@@ -131,8 +175,9 @@ OB_INLINE int64_t
 vi_sum64(vi a, vi b)
 {
     int64_t sum = 0;
-    for (size_t i = 0; i < 16; i++)
+    for (size_t i = 0; i < 16; i++) {
         sum += (int64_t)a.lane[i] + b.lane[i];
+    }
     return sum;
 }
 
@@ -140,49 +185,59 @@ OB_INLINE uint64_t
 v_mask_beyond64(const int8_t *p)
 {
     uint64_t mask = 0;
-    for (size_t i = 0; i < 64; i++)
+    for (size_t i = 0; i < 64; i++) {
         mask |= (uint64_t)(p[i] > 64 || p[i] < -64) << i;
+    }
     return mask;
 }
 
 OB_INLINE void
 v_transpose16(const int8_t *in, size_t ld, int8_t *out)
 {
-    for (size_t i = 0; i < 16; i++)
-        for (size_t j = 0; j < 16; j++)
+    for (size_t i = 0; i < 16; i++) {
+        for (size_t j = 0; j < 16; j++) {
             out[16 * j + i] = in[i * ld + j];
+        }
+    }
 }
 
 /* ------------------------------------------------------------------ integer tiles */
 
 /* acc[r][j] += sum_i s8[r][i] * codes[i][j] over `count` rows of 64 codes */
 OB_INLINE void
-multiply_add(size_t rows, size_t count, const int8_t *codes, const int8_t *s8, size_t ld, ob_acc *acc)
+multiply_add(size_t rows, size_t count, const int8_t *codes, const int8_t *s8, size_t ld,
+             ob_acc *acc)
 {
-    for (size_t r = 0; r < rows; r++)
+    for (size_t r = 0; r < rows; r++) {
         for (size_t i = 0; i < count; i++) {
             int16_t x = s8[r * ld + i];
-            for (size_t j = 0; j < OB_STRIP; j++)
+            for (size_t j = 0; j < OB_STRIP; j++) {
                 acc[r][j] += (int16_t)(x * codes[i * OB_STRIP + j]); /* |x * code| <= 127 * 127 */
+            }
         }
+    }
 }
 
 static void
-dot_forward(size_t rows, size_t k_steps, const uint8_t *q, const int8_t *x, size_t ldx, const int32_t *sum, ob_acc *acc)
+dot_forward(size_t rows, size_t k_steps, const uint8_t *q, const int8_t *x, size_t ldx,
+            const int32_t *sum, ob_acc *acc)
 {
     (void)sum; /* codes are decoded to -1..1 */
     memset(acc, 0, rows * sizeof *acc);
     for (size_t step = 0; step < k_steps; step++, q += 256) {
         int8_t codes[16][OB_STRIP];
-        for (size_t o = 0; o < OB_STRIP; o++)
-            for (size_t k = 0; k < 16; k++)
+        for (size_t o = 0; o < OB_STRIP; o++) {
+            for (size_t k = 0; k < 16; k++) {
                 codes[k][o] = (int8_t)(((q[4 * o + k % 4] >> (2 * (k / 4))) & 3) - 1);
+            }
+        }
         multiply_add(rows, 16, codes[0], x + 16 * step, ldx, acc);
     }
 }
 
 static void
-dot_input(size_t rows, size_t n_padded, const uint8_t *panel, const int8_t *q, size_t ldq, const int32_t *sum, ob_acc *acc)
+dot_input(size_t rows, size_t n_padded, const uint8_t *panel, const int8_t *q, size_t ldq,
+          const int32_t *sum, ob_acc *acc)
 {
     (void)sum;
     memset(acc, 0, rows * sizeof *acc);
@@ -190,7 +245,8 @@ dot_input(size_t rows, size_t n_padded, const uint8_t *panel, const int8_t *q, s
 }
 
 static void
-dot_weight(size_t rows, size_t m_padded, const uint8_t *panel, const int8_t *h, size_t ldh, const int32_t *sum, ob_acc *acc)
+dot_weight(size_t rows, size_t m_padded, const uint8_t *panel, const int8_t *h, size_t ldh,
+           const int32_t *sum, ob_acc *acc)
 {
     dot_input(rows, m_padded, panel, h, ldh, sum, acc);
 }
@@ -199,12 +255,15 @@ dot_weight(size_t rows, size_t m_padded, const uint8_t *panel, const int8_t *h, 
 static void
 decode_input_panel(size_t n, size_t k_steps, const uint8_t *packed, size_t strip, uint8_t *panel)
 {
-    for (size_t i = 0; i < OB_CEIL_DIV(n, 16) * 16; i++)
+    for (size_t i = 0; i < OB_CEIL_DIV(n, 16) * 16; i++) {
         for (size_t j = 0; j < OB_STRIP; j++, panel++) {
             size_t step = 4 * strip + j / 16, k = j % 16;
             const uint8_t *vector = packed + (((i / 64) * k_steps + step) * 4 + (i % 64) / 16) * 64;
-            *panel = step < k_steps ? (uint8_t)(((vector[4 * (i % 16) + k % 4] >> (2 * (k / 4))) & 3) - 1) : 0;
+            *panel = step < k_steps
+                         ? (uint8_t)(((vector[4 * (i % 16) + k % 4] >> (2 * (k / 4))) & 3) - 1)
+                         : 0;
         }
+    }
 }
 
 static void
@@ -212,8 +271,9 @@ pack_token_panel(size_t m, const int8_t *xq, size_t ldx, size_t strip, uint8_t *
 {
     size_t columns = OB_MIN(ldx - OB_STRIP * strip, (size_t)OB_STRIP);
     memset(panel, 0, OB_CEIL_DIV(m, 4) * 4 * OB_STRIP);
-    for (size_t t = 0; t < m; t++)
+    for (size_t t = 0; t < m; t++) {
         memcpy(panel + t * OB_STRIP, xq + t * ldx + OB_STRIP * strip, columns);
+    }
 }
 
 #include "../kernels/all.tmpl.h"

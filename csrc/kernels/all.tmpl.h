@@ -52,13 +52,13 @@ const ob_kernels OB_TABLE_NAME(OB_ISA_NAME) = {
     .store_rows = store_rows,
     .vote_tile =
         {
-#define OB_RULE(name, residual_bits, momentum_bits) [OB_RULE_##name] = vote_tile_##name,
+#define OB_RULE(name, residual_bits, momentum_bits) vote_tile_##name,
 #include "../flip_rules/rules.def"
 #undef OB_RULE
         },
     .flip_row =
         {
-#define OB_RULE(name, residual_bits, momentum_bits) [OB_RULE_##name] = flip_row_##name,
+#define OB_RULE(name, residual_bits, momentum_bits) flip_row_##name,
 #include "../flip_rules/rules.def"
 #undef OB_RULE
         },

@@ -10,8 +10,8 @@
 #include "../base/rng.h"
 #include "../onebit.h"
 
-#define OB_STRIP 64     /* columns of every tile: outputs in forward, inputs in dX and dW */
-#define OB_MAX_ROWS 8   /* no tile is higher */
+#define OB_STRIP 64       /* columns of every tile: outputs in forward, inputs in dX and dW */
+#define OB_MAX_ROWS 8     /* no tile is higher */
 #define OB_TINY 0x1p-100f /* gradients with a smaller absmax are zero */
 
 typedef int32_t ob_acc[OB_STRIP]; /* one row of a tile */
@@ -19,80 +19,87 @@ typedef int32_t ob_acc[OB_STRIP]; /* one row of a tile */
 /* One strip of 64 input columns k0..k0+63 of the weight side of a layer's backward; constant over its tiles. */
 typedef struct ob_vote_strip {
     /* in */
-    size_t columns;         /* 1..64 columns that exist; acc is zero beyond */
-    size_t strip;           /* index of this strip: k0 / 64 */
-    const uint8_t *packed;  /* whole tile16 plane */
-    size_t k_steps;         /* ceil(K/16) */
-    const float *h_scale;   /* (N,) scale of hq per output */
-    const float *s;         /* (N,) weight scale / loss scale */
-    const float *a;         /* (N,) vote coefficient of the row */
-    const float *c;         /* (64,) vote coefficient of the column */
-    const uint32_t *sign;   /* (64,) sketch sign bits */
-    const ob_rng_row *rng;  /* (N,) random rows of the rule's stream */
-    float step;             /* -128 * eta * guard */
+    size_t columns;        /* 1..64 columns that exist; acc is zero beyond */
+    size_t strip;          /* index of this strip: k0 / 64 */
+    const uint8_t *packed; /* whole tile16 plane */
+    size_t k_steps;        /* ceil(K/16) */
+    const float *h_scale;  /* (N,) scale of hq per output */
+    const float *s;        /* (N,) weight scale / loss scale */
+    const float *a;        /* (N,) vote coefficient of the row */
+    const float *c;        /* (64,) vote coefficient of the column */
+    const uint32_t *sign;  /* (64,) sketch sign bits */
+    const ob_rng_row *rng; /* (N,) random rows of the rule's stream */
+    float step;            /* -128 * eta * guard */
     float clip;
-    float beta1, one_minus_beta1; /* momentum: m = beta1 * m + one_minus_beta1 * u; beta1 = 1 after the first micro-batch */
-    int votes;              /* 0: measure only */
-    int8_t *residual;       /* (N, K), row stride k */
-    uint8_t *momentum;      /* (N, strips, 32) */
+    float beta1,
+        one_minus_beta1; /* momentum: m = beta1 * m + one_minus_beta1 * u; beta1 = 1 after the first micro-batch */
+    int votes;                /* 0: measure only */
+    int8_t *residual;         /* (N, K), row stride k */
+    uint8_t *momentum;        /* (N, strips, 32) */
     uint16_t *momentum_scale; /* (N, strips) */
     size_t k, strips;
     /* out */
-    float *col_square;      /* (64,) += g^2, sequential over n */
-    float *row_square;      /* (N,) = sum over the strip of g^2 */
-    float *row_sketch;      /* (N,) = sum over the strip of t * g */
-    int64_t *row_code;      /* (N,) += sum over the strip of T * acc */
+    float *col_square; /* (64,) += g^2, sequential over n */
+    float *row_square; /* (N,) = sum over the strip of g^2 */
+    float *row_sketch; /* (N,) = sum over the strip of t * g */
+    int64_t *row_code; /* (N,) += sum over the strip of T * acc */
 } ob_vote_strip;
 
 typedef struct ob_flip_row {
     size_t k;
-    int8_t *residual;         /* (K,) */
-    const uint8_t *momentum;  /* (strips, 32) or NULL */
+    int8_t *residual;               /* (K,) */
+    const uint8_t *momentum;        /* (strips, 32) or NULL */
     const uint16_t *momentum_scale; /* (strips,) or NULL */
-    ob_rng_row rng;           /* stream MOMENTUM_STEP */
-    float step;               /* -128 * eta * guard */
-    uint8_t *packed;          /* tile16 plane */
-    size_t k_steps, n;        /* n: this row's index */
+    ob_rng_row rng;                 /* stream MOMENTUM_STEP */
+    float step;                     /* -128 * eta * guard */
+    uint8_t *packed;                /* tile16 plane */
+    size_t k_steps, n;              /* n: this row's index */
 } ob_flip_row;
 
 typedef struct ob_kernels {
     const char *name;
-    size_t forward_rows, input_rows, weight_rows; /* tile heights of the three products, <= OB_MAX_ROWS */
+    size_t forward_rows, input_rows,
+        weight_rows; /* tile heights of the three products, <= OB_MAX_ROWS */
 
     /* x (K,) -> q (ob_padded_k(K),) int8 zero padded, *scale, *sum of q.  Deterministic rounding, floor 1e-5. */
-    void (*quantize_row)(ob_dtype dt, size_t k, const void *x, int8_t *q, float *scale, int32_t *sum);
+    void (*quantize_row)(ob_dtype dt, size_t k, const void *x, int8_t *q, float *scale,
+                         int32_t *sum);
     /* g = dy (N,) * s_n (s_len 1 or N), SR; q (ob_padded_k(N),).  Returns 1 if the row is non-finite (q = 0, scale NaN). */
-    int (*quantize_row_sr)(ob_dtype dt, size_t n, const void *dy, const float *s, size_t s_len, ob_rng_row rng, int8_t *q,
-                           float *scale, int32_t *sum);
+    int (*quantize_row_sr)(ob_dtype dt, size_t n, const void *dy, const float *s, size_t s_len,
+                           ob_rng_row rng, int8_t *q, float *scale, int32_t *sum);
     /* Columns 0..columns-1 of dy (M, ld): absmax[64] = max over m of the bits of |dy * sx_m|; sum[64] = sequential sum
      * of dy (float).  Entries beyond `columns` are 0. */
-    void (*column_absmax)(ob_dtype dt, size_t m, size_t columns, const void *dy, size_t ld, const float *sx,
-                          uint32_t *absmax, float *sum);
+    void (*column_absmax)(ob_dtype dt, size_t m, size_t columns, const void *dy, size_t ld,
+                          const float *sx, uint32_t *absmax, float *sum);
     /* q (columns, ldq) int8 with q[j][m] = SR(dy[m][j] * sx_m * inverse[j]), zero for m..ldq; sums[j] = sum of q[j].
      * rng: one row per column; inverse[j] = 0 gives zeros. */
-    void (*quantize_columns_sr)(ob_dtype dt, size_t m, size_t columns, const void *dy, size_t ld, const float *sx,
-                                const float *inverse, const ob_rng_row *rng, int8_t *q, size_t ldq, int32_t *sums);
+    void (*quantize_columns_sr)(ob_dtype dt, size_t m, size_t columns, const void *dy, size_t ld,
+                                const float *sx, const float *inverse, const ob_rng_row *rng,
+                                int8_t *q, size_t ldq, int32_t *sums);
 
     /* Strip `packed_strip` (k_steps, 4, 16, 4): acc[r][o] = sum_k T_ok x[r][k]; rows <= forward_rows. */
-    void (*dot_forward)(size_t rows, size_t k_steps, const uint8_t *packed_strip, const int8_t *x, size_t ldx,
-                        const int32_t *sum, ob_acc *acc);
+    void (*dot_forward)(size_t rows, size_t k_steps, const uint8_t *packed_strip, const int8_t *x,
+                        size_t ldx, const int32_t *sum, ob_acc *acc);
     /* Decode columns of strip j (up to 4 k-steps from 4j) of the whole plane into this ISA's panel of
      * ob_padded_k(N) * 64 bytes. */
-    void (*decode_input_panel)(size_t n, size_t k_steps, const uint8_t *packed, size_t strip, uint8_t *panel);
+    void (*decode_input_panel)(size_t n, size_t k_steps, const uint8_t *packed, size_t strip,
+                               uint8_t *panel);
     /* acc[r][j] = sum_n T_nj q[r][n]; n_padded = ob_padded_k(N). */
-    void (*dot_input)(size_t rows, size_t n_padded, const uint8_t *panel, const int8_t *q, size_t ldq, const int32_t *sum,
-                      ob_acc *acc);
+    void (*dot_input)(size_t rows, size_t n_padded, const uint8_t *panel, const int8_t *q,
+                      size_t ldq, const int32_t *sum, ob_acc *acc);
     /* Interleave columns 64*strip.. of xq (M, ldx) by 4 tokens into this ISA's panel of 64 * 4 * ceil(M/4) bytes. */
     void (*pack_token_panel)(size_t m, const int8_t *xq, size_t ldx, size_t strip, uint8_t *panel);
     /* acc[r][j] = sum_m h[r][m] x[m][j]; m_padded = 4 * ceil(M/4); sum = sum_m h[r][m]. */
-    void (*dot_weight)(size_t rows, size_t m_padded, const uint8_t *panel, const int8_t *h, size_t ldh,
-                       const int32_t *sum, ob_acc *acc);
+    void (*dot_weight)(size_t rows, size_t m_padded, const uint8_t *panel, const int8_t *h,
+                       size_t ldh, const int32_t *sum, ob_acc *acc);
 
     /* out[r][j] = float(acc[r][j]) * (row_scale[r] * s_j) + bias_j for j < columns; s, bias may be NULL (1, none). */
-    void (*store_rows)(ob_dtype dt, size_t rows, size_t columns, const ob_acc *acc, const float *row_scale,
-                       const float *s, size_t s_len, const float *bias, void *out, size_t ld);
+    void (*store_rows)(ob_dtype dt, size_t rows, size_t columns, const ob_acc *acc,
+                       const float *row_scale, const float *s, size_t s_len, const float *bias,
+                       void *out, size_t ld);
     /* Consume rows n0..n0+rows-1 of a dW tile: votes and by-products. */
-    void (*vote_tile[OB_RULE_COUNT])(const ob_vote_strip *strip, size_t n0, size_t rows, const ob_acc *acc);
+    void (*vote_tile[OB_RULE_COUNT])(const ob_vote_strip *strip, size_t n0, size_t rows,
+                                     const ob_acc *acc);
     /* One row's step: momentum into residual, residual into codes.  Returns codes moved. */
     uint64_t (*flip_row[OB_RULE_COUNT])(const ob_flip_row *row);
 } ob_kernels;

@@ -19,15 +19,17 @@ load_lanes(ob_dtype dt, const void *row, size_t i, size_t n)
 {
     if (dt == OB_F32) {
         const float *p = (const float *)row + i;
-        if (n - i >= LANES)
+        if (n - i >= LANES) {
             return vf_load(p);
+        }
         float tail[LANES] = {0};
         memcpy(tail, p, (n - i) * sizeof *p);
         return vf_load(tail);
     }
     const uint16_t *p = (const uint16_t *)row + i;
-    if (n - i >= LANES)
+    if (n - i >= LANES) {
         return vf_bits(vi_sll(vi_load_u16(p), 16));
+    }
     uint16_t tail[LANES] = {0};
     memcpy(tail, p, (n - i) * sizeof *p);
     return vf_bits(vi_sll(vi_load_u16(tail), 16));

@@ -7,8 +7,9 @@ row_absmax(ob_dtype dt, size_t n, const void *row, const float *s, size_t s_len)
     vf tensor_scale = vf_set1(s_len == 1 ? *s : 1.0f);
     for (size_t i = 0; i < n; i += LANES) {
         vf v = load_lanes(dt, row, i, n);
-        if (s_len)
+        if (s_len) {
             v = vf_mul(v, s_len == 1 ? tensor_scale : load_lanes(OB_F32, s, i, n));
+        }
         top = vi_max(top, absolute_bits(v));
     }
     return (uint32_t)vi_hmax(top);
@@ -40,8 +41,8 @@ quantize_row_body(ob_dtype dt, size_t k, const void *x, int8_t *q, float *scale,
 
 /* g = dy (N,) * s -> q (padded N,) = SR(g * (127/absmax)); *scale = absmax/127 */
 OB_INLINE int
-quantize_row_sr_body(ob_dtype dt, size_t n, const void *dy, const float *s, size_t s_len, ob_rng_row rng, int8_t *q,
-                     float *scale, int32_t *sum)
+quantize_row_sr_body(ob_dtype dt, size_t n, const void *dy, const float *s, size_t s_len,
+                     ob_rng_row rng, int8_t *q, float *scale, int32_t *sum)
 {
     uint32_t bits = row_absmax(dt, n, dy, s, s_len);
     float absmax = float_of_bits(bits);
@@ -54,7 +55,8 @@ quantize_row_sr_body(ob_dtype dt, size_t n, const void *dy, const float *s, size
     vf inverse = vf_set1(127.0f / absmax), tensor_scale = vf_set1(*s);
     vi total = vi_set1(0);
     for (size_t i = 0; i < n; i += LANES) {
-        vf g = vf_mul(load_lanes(dt, dy, i, n), s_len == 1 ? tensor_scale : load_lanes(OB_F32, s, i, n));
+        vf g = vf_mul(load_lanes(dt, dy, i, n),
+                      s_len == 1 ? tensor_scale : load_lanes(OB_F32, s, i, n));
         vi code = vi_from_f32(stochastic_round(vf_mul(g, inverse), uniform_lanes(rng, i), 127.0f));
         total = vi_add(total, code);
         vi_store_i8(q + i, code);
@@ -66,13 +68,14 @@ quantize_row_sr_body(ob_dtype dt, size_t n, const void *dy, const float *s, size
 
 /* dy (M, ld): per column the largest bits of |dy * sx| and the sequential sum of dy */
 OB_INLINE void
-column_absmax_body(ob_dtype dt, size_t m, size_t columns, const char *dy, size_t row_bytes, const float *sx,
-                   uint32_t *absmax, float *sum)
+column_absmax_body(ob_dtype dt, size_t m, size_t columns, const char *dy, size_t row_bytes,
+                   const float *sx, uint32_t *absmax, float *sum)
 {
     vi top[STRIP_VECTORS];
     vf total[STRIP_VECTORS];
-    for (size_t v = 0; v < STRIP_VECTORS; v++)
+    for (size_t v = 0; v < STRIP_VECTORS; v++) {
         top[v] = vi_set1(0), total[v] = vf_set1(0.0f);
+    }
     for (size_t t = 0; t < m; t++) {
         vf scale = vf_set1(sx[t]);
         for (size_t v = 0; v < STRIP_VECTORS && v * LANES < columns; v++) {
@@ -89,16 +92,19 @@ column_absmax_body(ob_dtype dt, size_t m, size_t columns, const char *dy, size_t
 
 /* 16 tokens x 64 columns at a time into a small tile, then its transpose into the rows of q */
 OB_INLINE void
-quantize_columns_sr_body(ob_dtype dt, size_t m, size_t columns, const char *dy, size_t row_bytes, const float *sx,
-                         const float *inverse, const ob_rng_row *rng, int8_t *q, size_t ldq, int32_t *sums)
+quantize_columns_sr_body(ob_dtype dt, size_t m, size_t columns, const char *dy, size_t row_bytes,
+                         const float *sx, const float *inverse, const ob_rng_row *rng, int8_t *q,
+                         size_t ldq, int32_t *sums)
 {
     int32_t a[OB_STRIP] = {0}, b[OB_STRIP] = {0};
     float inv[OB_STRIP] = {0};
     vi total[STRIP_VECTORS];
-    for (size_t j = 0; j < columns; j++)
+    for (size_t j = 0; j < columns; j++) {
         a[j] = (int32_t)rng[j].a, b[j] = (int32_t)rng[j].b, inv[j] = inverse[j];
-    for (size_t v = 0; v < STRIP_VECTORS; v++)
+    }
+    for (size_t v = 0; v < STRIP_VECTORS; v++) {
         total[v] = vi_set1(0);
+    }
     for (size_t t0 = 0; t0 < ldq; t0 += LANES) {
         int8_t tile[LANES][OB_STRIP] = {{0}}, turned[LANES][LANES];
         size_t tokens = t0 < m ? OB_MIN(m - t0, (size_t)LANES) : 0;
@@ -107,23 +113,27 @@ quantize_columns_sr_body(ob_dtype dt, size_t m, size_t columns, const char *dy, 
             vi column = vi_set1((int32_t)((uint32_t)(t0 + t) * OB_RNG_GOLDEN));
             for (size_t v = 0; v < STRIP_VECTORS && v * LANES < columns; v++) {
                 vf h = vf_mul(load_lanes(dt, dy + (t0 + t) * row_bytes, v * LANES, columns), scale);
-                vf r = uniform_of(hash_lanes(vi_add(column, vi_load(a + v * LANES)), vi_load(b + v * LANES)));
-                vi code = vi_from_f32(stochastic_round(vf_mul(h, vf_load(inv + v * LANES)), r, 127.0f));
+                vf r = uniform_of(
+                    hash_lanes(vi_add(column, vi_load(a + v * LANES)), vi_load(b + v * LANES)));
+                vi code =
+                    vi_from_f32(stochastic_round(vf_mul(h, vf_load(inv + v * LANES)), r, 127.0f));
                 total[v] = vi_add(total[v], code);
                 vi_store_i8(tile[t] + v * LANES, code);
             }
         }
         for (size_t v = 0; v * LANES < columns; v++) {
             v_transpose16(tile[0] + v * LANES, OB_STRIP, turned[0]);
-            for (size_t j = 0; j < LANES && v * LANES + j < columns; j++)
+            for (size_t j = 0; j < LANES && v * LANES + j < columns; j++) {
                 memcpy(q + (v * LANES + j) * ldq + t0, turned[j], OB_MIN(ldq - t0, (size_t)LANES));
+            }
         }
     }
     for (size_t v = 0; v < STRIP_VECTORS; v++) {
         int32_t lanes[LANES];
         vi_store(lanes, total[v]);
-        for (size_t j = 0; j < LANES && v * LANES + j < columns; j++)
+        for (size_t j = 0; j < LANES && v * LANES + j < columns; j++) {
             sums[v * LANES + j] = lanes[j];
+        }
     }
 }
 
@@ -131,36 +141,45 @@ quantize_columns_sr_body(ob_dtype dt, size_t m, size_t columns, const char *dy, 
 static void
 quantize_row(ob_dtype dt, size_t k, const void *x, int8_t *q, float *scale, int32_t *sum)
 {
-    if (dt == OB_F32)
+    if (dt == OB_F32) {
         quantize_row_body(OB_F32, k, x, q, scale, sum);
-    else
+    }
+    else {
         quantize_row_body(OB_BF16, k, x, q, scale, sum);
+    }
 }
 
 static int
-quantize_row_sr(ob_dtype dt, size_t n, const void *dy, const float *s, size_t s_len, ob_rng_row rng, int8_t *q,
-                float *scale, int32_t *sum)
+quantize_row_sr(ob_dtype dt, size_t n, const void *dy, const float *s, size_t s_len, ob_rng_row rng,
+                int8_t *q, float *scale, int32_t *sum)
 {
     return dt == OB_F32 ? quantize_row_sr_body(OB_F32, n, dy, s, s_len, rng, q, scale, sum)
                         : quantize_row_sr_body(OB_BF16, n, dy, s, s_len, rng, q, scale, sum);
 }
 
 static void
-column_absmax(ob_dtype dt, size_t m, size_t columns, const void *dy, size_t ld, const float *sx, uint32_t *absmax,
-              float *sum)
+column_absmax(ob_dtype dt, size_t m, size_t columns, const void *dy, size_t ld, const float *sx,
+              uint32_t *absmax, float *sum)
 {
-    if (dt == OB_F32)
+    if (dt == OB_F32) {
         column_absmax_body(OB_F32, m, columns, dy, ld * sizeof(float), sx, absmax, sum);
-    else
+    }
+    else {
         column_absmax_body(OB_BF16, m, columns, dy, ld * sizeof(uint16_t), sx, absmax, sum);
+    }
 }
 
 static void
-quantize_columns_sr(ob_dtype dt, size_t m, size_t columns, const void *dy, size_t ld, const float *sx,
-                    const float *inverse, const ob_rng_row *rng, int8_t *q, size_t ldq, int32_t *sums)
+quantize_columns_sr(ob_dtype dt, size_t m, size_t columns, const void *dy, size_t ld,
+                    const float *sx, const float *inverse, const ob_rng_row *rng, int8_t *q,
+                    size_t ldq, int32_t *sums)
 {
-    if (dt == OB_F32)
-        quantize_columns_sr_body(OB_F32, m, columns, dy, ld * sizeof(float), sx, inverse, rng, q, ldq, sums);
-    else
-        quantize_columns_sr_body(OB_BF16, m, columns, dy, ld * sizeof(uint16_t), sx, inverse, rng, q, ldq, sums);
+    if (dt == OB_F32) {
+        quantize_columns_sr_body(OB_F32, m, columns, dy, ld * sizeof(float), sx, inverse, rng, q,
+                                 ldq, sums);
+    }
+    else {
+        quantize_columns_sr_body(OB_BF16, m, columns, dy, ld * sizeof(uint16_t), sx, inverse, rng,
+                                 q, ldq, sums);
+    }
 }

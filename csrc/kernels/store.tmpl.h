@@ -1,8 +1,8 @@
 /* store.tmpl.h - the float end of forward and dX: out = float(acc) * (row_scale * s) + bias. */
 
 OB_INLINE void
-store_rows_body(ob_dtype dt, size_t rows, size_t columns, const ob_acc *acc, const float *row_scale, const float *s,
-                size_t s_len, const float *bias, char *out, size_t row_bytes)
+store_rows_body(ob_dtype dt, size_t rows, size_t columns, const ob_acc *acc, const float *row_scale,
+                const float *s, size_t s_len, const float *bias, char *out, size_t row_bytes)
 {
     for (size_t r = 0; r < rows; r++) {
         vf scale = vf_set1(row_scale[r]);
@@ -10,19 +10,24 @@ store_rows_body(ob_dtype dt, size_t rows, size_t columns, const ob_acc *acc, con
         for (size_t j = 0; j < columns; j += LANES) {
             vf factor = s && s_len != 1 ? vf_mul(scale, load_lanes(OB_F32, s, j, columns)) : common;
             vf y = vf_mul(vi_to_f32(vi_load(acc[r] + j)), factor);
-            if (bias)
+            if (bias) {
                 y = vf_add(y, load_lanes(OB_F32, bias, j, columns));
+            }
             store_lanes(dt, out + r * row_bytes, j, columns, y);
         }
     }
 }
 
 static void
-store_rows(ob_dtype dt, size_t rows, size_t columns, const ob_acc *acc, const float *row_scale, const float *s,
-           size_t s_len, const float *bias, void *out, size_t ld)
+store_rows(ob_dtype dt, size_t rows, size_t columns, const ob_acc *acc, const float *row_scale,
+           const float *s, size_t s_len, const float *bias, void *out, size_t ld)
 {
-    if (dt == OB_F32)
-        store_rows_body(OB_F32, rows, columns, acc, row_scale, s, s_len, bias, out, ld * sizeof(float));
-    else
-        store_rows_body(OB_BF16, rows, columns, acc, row_scale, s, s_len, bias, out, ld * sizeof(uint16_t));
+    if (dt == OB_F32) {
+        store_rows_body(OB_F32, rows, columns, acc, row_scale, s, s_len, bias, out,
+                        ld * sizeof(float));
+    }
+    else {
+        store_rows_body(OB_BF16, rows, columns, acc, row_scale, s, s_len, bias, out,
+                        ld * sizeof(uint16_t));
+    }
 }

@@ -8,11 +8,13 @@
 OB_INLINE vi
 code_lanes(const ob_vote_strip *s, size_t n, size_t step)
 {
-    const uint8_t *vector = s->packed + (((n / 64) * s->k_steps + 4 * s->strip + step) * 4 + (n % 64) / 16) * 64;
+    const uint8_t *vector =
+        s->packed + (((n / 64) * s->k_steps + 4 * s->strip + step) * 4 + (n % 64) / 16) * 64;
     int32_t dword;
     memcpy(&dword, vector + (n % 16) * 4, sizeof dword);
     vi lane = vi_iota();
-    vi shift = vi_add(vi_sll(vi_and(lane, vi_set1(3)), 3), vi_sll(vi_srl(lane, 2), 1)); /* 8 kk + 2p */
+    vi shift =
+        vi_add(vi_sll(vi_and(lane, vi_set1(3)), 3), vi_sll(vi_srl(lane, 2), 1)); /* 8 kk + 2p */
     return vi_and(vi_srlv(vi_set1(dword), shift), vi_set1(3));
 }
 
@@ -20,8 +22,10 @@ OB_INLINE int64_t
 code_dot(const ob_vote_strip *s, size_t n, const int32_t *acc)
 {
     vi pair[2] = {vi_set1(0), vi_set1(0)}; /* two products of at most 65536 * 127^2 fit int32 */
-    for (size_t v = 0; v < STRIP_VECTORS && v * LANES < s->columns; v++)
-        pair[v / 2] = vi_add(pair[v / 2], vi_mul(vi_sub(code_lanes(s, n, v), vi_set1(1)), vi_load(acc + v * LANES)));
+    for (size_t v = 0; v < STRIP_VECTORS && v * LANES < s->columns; v++) {
+        pair[v / 2] = vi_add(
+            pair[v / 2], vi_mul(vi_sub(code_lanes(s, n, v), vi_set1(1)), vi_load(acc + v * LANES)));
+    }
     return vi_sum64(pair[0], pair[1]);
 }
 
@@ -42,7 +46,8 @@ vote_tile_body(const ob_vote_strip *s, size_t n0, size_t rows, const ob_acc *acc
         vf row_square = vf_set1(0.0f), row_sketch = vf_set1(0.0f), u[STRIP_VECTORS];
         for (size_t v = 0; v < STRIP_VECTORS; v++) {
             vf f = vi_to_f32(vi_load(acc[r] + v * LANES));
-            vf g = vf_mul(vf_mul(f, h), sn), g2 = vf_mul(g, g), z = vf_bits(vi_xor(vf_to_bits(g), sign[v]));
+            vf g = vf_mul(vf_mul(f, h), sn), g2 = vf_mul(g, g),
+               z = vf_bits(vi_xor(vf_to_bits(g), sign[v]));
             square[v] = vf_add(square[v], g2);
             row_square = v ? vf_add(row_square, g2) : g2;
             row_sketch = v ? vf_add(row_sketch, z) : z;
@@ -52,17 +57,20 @@ vote_tile_body(const ob_vote_strip *s, size_t n0, size_t rows, const ob_acc *acc
         s->row_square[n] = vf_sum(row_square);
         s->row_sketch[n] = vf_sum(row_sketch);
         s->row_code[n] += code_dot(s, n, acc[r]);
-        if (s->votes)
+        if (s->votes) {
             vote_row(s, n, u);
+        }
     }
-    for (size_t v = 0; v < STRIP_VECTORS; v++)
+    for (size_t v = 0; v < STRIP_VECTORS; v++) {
         vf_store(s->col_square + v * LANES, square[v]);
+    }
 }
 
-#define OB_RULE(name, residual_bits, momentum_bits)                                                                    \
-    static void vote_tile_##name(const ob_vote_strip *s, size_t n0, size_t rows, const ob_acc *acc)                    \
-    {                                                                                                                  \
-        vote_tile_body(s, n0, rows, acc, vote_row_##name);                                                             \
+#define OB_RULE(name, residual_bits, momentum_bits)                              \
+    static void vote_tile_##name(const ob_vote_strip *s, size_t n0, size_t rows, \
+                                 const ob_acc *acc)                              \
+    {                                                                            \
+        vote_tile_body(s, n0, rows, acc, vote_row_##name);                       \
     }
 #include "../flip_rules/rules.def"
 #undef OB_RULE

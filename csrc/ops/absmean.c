@@ -19,8 +19,9 @@ typedef struct absmean_call {
 static float
 weight_at(const absmean_call *c, size_t index)
 {
-    if (c->dt == OB_F32)
+    if (c->dt == OB_F32) {
         return ((const float *)c->w)[index];
+    }
     uint32_t bits = (uint32_t)((const uint16_t *)c->w)[index] << 16;
     float value;
     memcpy(&value, &bits, sizeof value);
@@ -33,8 +34,9 @@ sum_row(void *arg, size_t n, size_t thread)
     absmean_call *c = arg;
     double sum = 0.0;
     (void)thread;
-    for (size_t k = 0; k < c->k; k++)
+    for (size_t k = 0; k < c->k; k++) {
         sum += fabs((double)weight_at(c, n * c->k + k));
+    }
     c->row_sum[n] = sum;
 }
 
@@ -47,13 +49,17 @@ pack_strip(void *arg, size_t strip, size_t thread)
     size_t rows = OB_MIN(c->n - strip * 64, (size_t)64);
     (void)thread;
     memset(plane, 0x55, c->k_steps * 256);
-    for (size_t o = 0; o < rows; o++)
+    for (size_t o = 0; o < rows; o++) {
         for (size_t k = 0; k < c->k; k++) {
             float q = weight_at(c, (strip * 64 + o) * c->k + k) / c->scale;
             int up = q > 0.5f, down = q < -0.5f; /* rint, half to even, clamped: +-0.5 goes to 0 */
             uint8_t *byte = plane + (k / 16) * 256 + o * 4 + k % 4;
-            *byte = (uint8_t)(*byte ^ (up ? 3u : down ? 1u : 0u) << (2 * ((k % 16) / 4))); /* 1 -> 2, 1 -> 0 */
+            *byte = (uint8_t)(*byte ^ (up     ? 3u
+                                       : down ? 1u
+                                              : 0u)
+                                          << (2 * ((k % 16) / 4))); /* 1 -> 2, 1 -> 0 */
         }
+    }
 }
 
 ob_status
@@ -61,18 +67,23 @@ ob_absmean(size_t n, size_t k, ob_dtype dt, const void *w, uint8_t *packed, floa
 {
     size_t count;
     double total = 0.0;
-    if (k > OB_MAX_K || !ob_mul(n, k, &count) || count > SIZE_MAX / 4)
+    if (k > OB_MAX_K || !ob_mul(n, k, &count) || count > SIZE_MAX / 4) {
         return OB_OVERFLOW;
-    absmean_call c = {.n = n, .k = k, .k_steps = ob_padded_k(k) / 16, .dt = dt, .w = w, .packed = packed};
+    }
+    absmean_call c = {
+        .n = n, .k = k, .k_steps = ob_padded_k(k) / 16, .dt = dt, .w = w, .packed = packed};
     c.row_sum = ob_scratch_take(n * sizeof *c.row_sum);
-    if (!c.row_sum)
+    if (!c.row_sum) {
         return OB_NO_MEMORY;
+    }
     ob_parallel(n, sum_row, &c);
-    for (size_t i = 0; i < n; i++)
+    for (size_t i = 0; i < n; i++) {
         total += c.row_sum[i];
+    }
     ob_scratch_give(c.row_sum);
-    if (!isfinite(total))
+    if (!isfinite(total)) {
         return OB_INVALID;
+    }
     float mean = count ? (float)(total / (double)count) : 0.0f;
     c.scale = mean > 1e-5f ? mean : 1e-5f;
     ob_parallel(OB_CEIL_DIV(n, (size_t)64), pack_strip, &c);

@@ -26,8 +26,13 @@ flip_rows(void *arg, size_t task, size_t thread)
     uint64_t moved = 0;
     (void)thread;
     for (size_t n = task * OB_STRIP; n < end; n++) {
-        ob_flip_row row = {.k = f->k, .residual = p->residual + n * f->k, .rng = ob_rng_at_row(f->key, n),
-                           .step = f->step, .packed = f->packed, .k_steps = ob_padded_k(f->k) / 16, .n = n};
+        ob_flip_row row = {.k = f->k,
+                           .residual = p->residual + n * f->k,
+                           .rng = ob_rng_at_row(f->key, n),
+                           .step = f->step,
+                           .packed = f->packed,
+                           .k_steps = ob_padded_k(f->k) / 16,
+                           .n = n};
         if (p->momentum) {
             row.momentum = p->momentum + n * strips * (OB_STRIP / 2);
             row.momentum_scale = p->momentum_scale + n * strips;
@@ -52,10 +57,12 @@ static float
 agreement(size_t n, const ob_planes *planes)
 {
     double energy = planes->control[OB_CTL_SKETCH_ENERGY], total = 0.0;
-    if (planes->control[OB_CTL_MICRO] <= 1 || !(energy > 0))
+    if (planes->control[OB_CTL_MICRO] <= 1 || !(energy > 0)) {
         return 1.0f;
-    for (size_t i = 0; i < n; i++)
+    }
+    for (size_t i = 0; i < n; i++) {
         total += (double)planes->sketch[i] * (double)planes->sketch[i];
+    }
     return (float)(total / energy);
 }
 
@@ -63,12 +70,15 @@ static void
 update_guard(double *control, uint64_t moved, double numel)
 {
     double eta = control[OB_CTL_ETA], cap = control[OB_CTL_CAP], factor = 1.05;
-    if (eta > control[OB_CTL_ETA_PEAK])
+    if (eta > control[OB_CTL_ETA_PEAK]) {
         control[OB_CTL_ETA_PEAK] = eta;
-    if (!(cap > 0) || !(eta > 0))
+    }
+    if (!(cap > 0) || !(eta > 0)) {
         return;
-    if (moved)
+    }
+    if (moved) {
         factor = cap * (eta / control[OB_CTL_ETA_PEAK]) / ((double)moved / numel);
+    }
     factor = OB_MIN(OB_MAX(factor, 0.8), 1.05);
     control[OB_CTL_GUARD] = OB_MIN(OB_MAX(control[OB_CTL_GUARD] * factor, 1e-3), 1.0);
 }
@@ -88,11 +98,17 @@ ob_flip(size_t n, size_t k, uint8_t *packed, ob_planes *planes, uint64_t *moved)
 {
     double *control = planes->control;
     *moved = 0;
-    if (!(control[OB_CTL_MICRO] > 0))
+    if (!(control[OB_CTL_MICRO] > 0)) {
         return OB_OK;
+    }
     if (control[OB_CTL_STEP] > 0) {
-        flip_call f = {.kernels = ob_kernels_active(), .n = n, .k = k, .packed = packed, .planes = planes,
-                       .key = ob_control_key(control, 0.0, OB_STREAM_MOMENTUM_STEP), .step = ob_control_step(control)};
+        flip_call f = {.kernels = ob_kernels_active(),
+                       .n = n,
+                       .k = k,
+                       .packed = packed,
+                       .planes = planes,
+                       .key = ob_control_key(control, 0.0, OB_STREAM_MOMENTUM_STEP),
+                       .step = ob_control_step(control)};
         ob_parallel(OB_CEIL_DIV(n, (size_t)OB_STRIP), flip_rows, &f);
         *moved = f.moved;
     }
@@ -108,19 +124,23 @@ ob_flip(size_t n, size_t k, uint8_t *packed, ob_planes *planes, uint64_t *moved)
 }
 
 ob_status
-ob_scale_step(size_t len, float *scale, const float *grad, float *exp_avg, float *exp_avg_sq, double lr, double *control)
+ob_scale_step(size_t len, float *scale, const float *grad, float *exp_avg, float *exp_avg_sq,
+              double lr, double *control)
 {
     float b1 = (float)control[OB_CTL_BETA1], take1 = (float)(1.0 - control[OB_CTL_BETA1]);
     float b2 = (float)control[OB_CTL_BETA2], take2 = (float)(1.0 - control[OB_CTL_BETA2]);
-    float inverse = (float)(1.0 / control[OB_CTL_GRAD_SCALE]), rate = (float)(lr * control[OB_CTL_SCALE_INIT]);
+    float inverse = (float)(1.0 / control[OB_CTL_GRAD_SCALE]),
+          rate = (float)(lr * control[OB_CTL_SCALE_INIT]);
     control[OB_CTL_BETA1_POWER] *= control[OB_CTL_BETA1];
     control[OB_CTL_BETA2_POWER] *= control[OB_CTL_BETA2];
-    float correct1 = (float)(1.0 - control[OB_CTL_BETA1_POWER]), correct2 = (float)(1.0 - control[OB_CTL_BETA2_POWER]);
+    float correct1 = (float)(1.0 - control[OB_CTL_BETA1_POWER]),
+          correct2 = (float)(1.0 - control[OB_CTL_BETA2_POWER]);
     for (size_t i = 0; i < len; i++) {
         float g = grad[i] * inverse;
         exp_avg[i] = b1 * exp_avg[i] + take1 * g;
         exp_avg_sq[i] = b2 * exp_avg_sq[i] + (take2 * g) * g;
-        float s = scale[i] - (rate * (exp_avg[i] / correct1)) / (sqrtf(exp_avg_sq[i] / correct2) + 1e-8f);
+        float s =
+            scale[i] - (rate * (exp_avg[i] / correct1)) / (sqrtf(exp_avg_sq[i] / correct2) + 1e-8f);
         s = s > 1e-8f ? s : 1e-8f;
         scale[i] = 1.0f / (1.0f / s);
     }

@@ -28,8 +28,9 @@ tokens_per_task(size_t m, size_t strips, size_t tile_rows, size_t threads)
 static size_t
 tile_height(size_t left, size_t rows)
 {
-    if (left <= rows)
+    if (left <= rows) {
         return left;
+    }
     return left + 4 <= 2 * rows ? OB_CEIL_DIV(left, (size_t)2) : rows;
 }
 
@@ -41,9 +42,9 @@ typedef struct product {
     size_t m, inner, padded, outer; /* contraction length, its padding, output length */
     const void *in;
     void *out;
-    int8_t *q;      /* (M, padded) */
-    float *scale;   /* (M,) */
-    int32_t *sum;   /* (M,) */
+    int8_t *q;       /* (M, padded) */
+    float *scale;    /* (M,) */
+    int32_t *sum;    /* (M,) */
     uint8_t *panels; /* dX: one per thread */
     uint64_t key;
     size_t threads;       /* panels */
@@ -65,9 +66,10 @@ quantize_forward_rows(void *arg, size_t task, size_t thread)
     product *p = arg;
     size_t end = OB_MIN(p->m, (task + 1) * QUANTIZE_ROWS);
     (void)thread;
-    for (size_t t = task * QUANTIZE_ROWS; t < end; t++)
-        p->kernels->quantize_row(p->dt, p->inner, row_of(p->in, p->dt, t * p->inner), p->q + t * p->padded, p->scale + t,
-                                 p->sum + t);
+    for (size_t t = task * QUANTIZE_ROWS; t < end; t++) {
+        p->kernels->quantize_row(p->dt, p->inner, row_of(p->in, p->dt, t * p->inner),
+                                 p->q + t * p->padded, p->scale + t, p->sum + t);
+    }
 }
 
 static void
@@ -76,12 +78,14 @@ quantize_gradient_rows(void *arg, size_t task, size_t thread)
     product *p = arg;
     size_t end = OB_MIN(p->m, (task + 1) * QUANTIZE_ROWS), bad = 0;
     (void)thread;
-    for (size_t t = task * QUANTIZE_ROWS; t < end; t++)
-        bad += (size_t)p->kernels->quantize_row_sr(p->dt, p->inner, row_of(p->in, p->dt, t * p->inner), p->w->scale,
-                                                   p->w->scale_len, ob_rng_at_row(p->key, t), p->q + t * p->padded,
-                                                   p->scale + t, p->sum + t);
-    if (bad)
+    for (size_t t = task * QUANTIZE_ROWS; t < end; t++) {
+        bad += (size_t)p->kernels->quantize_row_sr(
+            p->dt, p->inner, row_of(p->in, p->dt, t * p->inner), p->w->scale, p->w->scale_len,
+            ob_rng_at_row(p->key, t), p->q + t * p->padded, p->scale + t, p->sum + t);
+    }
+    if (bad) {
         __atomic_fetch_add(&p->nonfinite, bad, __ATOMIC_RELAXED);
+    }
 }
 
 static void
@@ -90,17 +94,18 @@ forward_task(void *arg, size_t task, size_t thread)
     const product *p = arg;
     const ob_weights *w = p->w;
     size_t strip = task / p->blocks, k_steps = p->padded / 16, n0 = strip * OB_STRIP;
-    size_t columns = OB_MIN(w->n - n0, (size_t)OB_STRIP), end = OB_MIN(p->m, (task % p->blocks + 1) * p->block);
+    size_t columns = OB_MIN(w->n - n0, (size_t)OB_STRIP),
+           end = OB_MIN(p->m, (task % p->blocks + 1) * p->block);
     const float *s = w->scale + (w->scale_len == 1 ? 0 : n0);
     (void)thread;
     for (size_t t = task % p->blocks * p->block, rows; t < end; t += rows) {
         ob_acc acc[OB_MAX_ROWS];
         rows = tile_height(end - t, p->kernels->forward_rows);
-        p->kernels->dot_forward(rows, k_steps, w->packed + strip * k_steps * 256, p->q + t * p->padded, p->padded,
-                                p->sum + t, acc);
-        p->kernels->store_rows(p->dt, rows, columns, (const ob_acc *)acc, p->scale + t, s, w->scale_len,
-                               w->bias ? w->bias + n0 : NULL, (char *)p->out + (t * w->n + n0) * ob_dtype_bytes(p->dt),
-                               w->n);
+        p->kernels->dot_forward(rows, k_steps, w->packed + strip * k_steps * 256,
+                                p->q + t * p->padded, p->padded, p->sum + t, acc);
+        p->kernels->store_rows(p->dt, rows, columns, (const ob_acc *)acc, p->scale + t, s,
+                               w->scale_len, w->bias ? w->bias + n0 : NULL,
+                               (char *)p->out + (t * w->n + n0) * ob_dtype_bytes(p->dt), w->n);
     }
 }
 
@@ -109,83 +114,119 @@ input_task(void *arg, size_t task, size_t thread)
 {
     const product *p = arg;
     const ob_weights *w = p->w;
-    size_t strip = task / p->blocks, k0 = strip * OB_STRIP, columns = OB_MIN(w->k - k0, (size_t)OB_STRIP);
+    size_t strip = task / p->blocks, k0 = strip * OB_STRIP,
+           columns = OB_MIN(w->k - k0, (size_t)OB_STRIP);
     size_t end = OB_MIN(p->m, (task % p->blocks + 1) * p->block);
     uint8_t *panel = p->panels + thread * p->padded * OB_STRIP;
     p->kernels->decode_input_panel(w->n, ob_padded_k(w->k) / 16, w->packed, strip, panel);
     for (size_t t = task % p->blocks * p->block, rows; t < end; t += rows) {
         ob_acc acc[OB_MAX_ROWS];
         rows = tile_height(end - t, p->kernels->input_rows);
-        p->kernels->dot_input(rows, p->padded, panel, p->q + t * p->padded, p->padded, p->sum + t, acc);
-        p->kernels->store_rows(p->dt, rows, columns, (const ob_acc *)acc, p->scale + t, NULL, 0, NULL,
-                               (char *)p->out + (t * w->k + k0) * ob_dtype_bytes(p->dt), w->k);
+        p->kernels->dot_input(rows, p->padded, panel, p->q + t * p->padded, p->padded, p->sum + t,
+                              acc);
+        p->kernels->store_rows(p->dt, rows, columns, (const ob_acc *)acc, p->scale + t, NULL, 0,
+                               NULL, (char *)p->out + (t * w->k + k0) * ob_dtype_bytes(p->dt),
+                               w->k);
     }
 }
 
 static void
-run_product(product *p, size_t tile_rows, void (*quantize)(void *, size_t, size_t), void (*tile)(void *, size_t, size_t))
+run_product(product *p, size_t tile_rows, void (*quantize)(void *, size_t, size_t),
+            void (*tile)(void *, size_t, size_t))
 {
     size_t strips = OB_CEIL_DIV(p->outer, (size_t)OB_STRIP);
     ob_parallel(OB_CEIL_DIV(p->m, (size_t)QUANTIZE_ROWS), quantize, p);
-    if (p->m == 0 || strips == 0)
+    if (p->m == 0 || strips == 0) {
         return;
+    }
     p->block = tokens_per_task(p->m, strips, tile_rows, p->threads);
     p->blocks = OB_CEIL_DIV(p->m, p->block);
     ob_parallel_on(p->threads, strips * p->blocks, tile, p);
 }
 
 ob_status
-ob_linear_forward(const ob_weights *w, size_t m, ob_dtype dt, const void *x, void *y, int8_t *xq, float *sx)
+ob_linear_forward(const ob_weights *w, size_t m, ob_dtype dt, const void *x, void *y, int8_t *xq,
+                  float *sx)
 {
     ob_status status = ob_check_weights(w);
     size_t padded = ob_padded_k(w->k), q_bytes, bytes;
-    if (status != OB_OK)
+    if (status != OB_OK) {
         return status;
-    if (!ob_mul(m, padded, &q_bytes) || !ob_mul(m, w->n, &bytes) || bytes > SIZE_MAX / 4)
+    }
+    if (!ob_mul(m, padded, &q_bytes) || !ob_mul(m, w->n, &bytes) || bytes > SIZE_MAX / 4) {
         return OB_OVERFLOW;
+    }
     int32_t *sum = ob_scratch_take(m * sizeof *sum);
     int8_t *q = xq ? xq : ob_scratch_take(q_bytes);
     float *scale = sx ? sx : ob_scratch_take(m * sizeof *scale);
     if (sum && q && scale) {
-        product p = {.kernels = ob_kernels_active(), .w = w, .dt = dt, .m = m, .inner = w->k, .padded = padded,
-                     .outer = w->n, .in = x, .out = y, .q = q, .scale = scale, .sum = sum,
+        product p = {.kernels = ob_kernels_active(),
+                     .w = w,
+                     .dt = dt,
+                     .m = m,
+                     .inner = w->k,
+                     .padded = padded,
+                     .outer = w->n,
+                     .in = x,
+                     .out = y,
+                     .q = q,
+                     .scale = scale,
+                     .sum = sum,
                      .threads = ob_num_threads()};
         run_product(&p, p.kernels->forward_rows, quantize_forward_rows, forward_task);
     }
-    else
+    else {
         status = OB_NO_MEMORY;
-    if (!sx)
+    }
+    if (!sx) {
         ob_scratch_give(scale);
-    if (!xq)
+    }
+    if (!xq) {
         ob_scratch_give(q);
+    }
     ob_scratch_give(sum);
     return status;
 }
 
 ob_status
-ob_linear_backward_input(const ob_weights *w, size_t m, ob_dtype dt, const void *dy, void *dx, const double *control,
-                         size_t *nonfinite)
+ob_linear_backward_input(const ob_weights *w, size_t m, ob_dtype dt, const void *dy, void *dx,
+                         const double *control, size_t *nonfinite)
 {
     ob_status status = ob_check_weights(w);
     size_t padded = ob_padded_k(w->n), threads = ob_num_threads(), q_bytes, panel_bytes, bytes;
-    if (status != OB_OK)
+    if (status != OB_OK) {
         return status;
-    if (w->n > OB_MAX_K || !ob_mul(m, padded, &q_bytes) || !ob_mul(m, w->k, &bytes) || bytes > SIZE_MAX / 4
-        || !ob_mul(padded * OB_STRIP, threads, &panel_bytes))
+    }
+    if (w->n > OB_MAX_K || !ob_mul(m, padded, &q_bytes) || !ob_mul(m, w->k, &bytes) ||
+        bytes > SIZE_MAX / 4 || !ob_mul(padded * OB_STRIP, threads, &panel_bytes)) {
         return OB_OVERFLOW;
+    }
     int32_t *sum = ob_scratch_take(m * sizeof *sum);
     int8_t *q = ob_scratch_take(q_bytes);
     float *scale = ob_scratch_take(m * sizeof *scale);
     uint8_t *panels = ob_scratch_take(panel_bytes);
     if (sum && q && scale && panels) {
-        product p = {.kernels = ob_kernels_active(), .w = w, .dt = dt, .m = m, .inner = w->n, .padded = padded,
-                     .outer = w->k, .in = dy, .out = dx, .q = q, .scale = scale, .sum = sum, .panels = panels, .threads = threads,
+        product p = {.kernels = ob_kernels_active(),
+                     .w = w,
+                     .dt = dt,
+                     .m = m,
+                     .inner = w->n,
+                     .padded = padded,
+                     .outer = w->k,
+                     .in = dy,
+                     .out = dx,
+                     .q = q,
+                     .scale = scale,
+                     .sum = sum,
+                     .panels = panels,
+                     .threads = threads,
                      .key = ob_control_key(control, control[OB_CTL_MICRO], OB_STREAM_INPUT_GRAD)};
         run_product(&p, p.kernels->input_rows, quantize_gradient_rows, input_task);
         *nonfinite = p.nonfinite;
     }
-    else
+    else {
         status = OB_NO_MEMORY;
+    }
     ob_scratch_give(panels);
     ob_scratch_give(scale);
     ob_scratch_give(q);

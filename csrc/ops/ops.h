@@ -15,16 +15,17 @@ ob_dtype_bytes(ob_dtype dt)
 OB_INLINE ob_status
 ob_check_weights(const ob_weights *w)
 {
-    if (w->k > OB_MAX_K || w->n > SIZE_MAX / 64)
+    if (w->k > OB_MAX_K || w->n > SIZE_MAX / 64) {
         return OB_OVERFLOW;
+    }
     return w->scale_len == 1 || w->scale_len == w->n ? OB_OK : OB_INVALID;
 }
 
 OB_INLINE uint64_t
 ob_control_key(const double *control, double micro, enum ob_stream stream)
 {
-    return ob_rng_key((uint64_t)control[OB_CTL_SEED], (uint64_t)control[OB_CTL_LAYER], (uint64_t)control[OB_CTL_STEP],
-                      (uint64_t)micro, stream);
+    return ob_rng_key((uint64_t)control[OB_CTL_SEED], (uint64_t)control[OB_CTL_LAYER],
+                      (uint64_t)control[OB_CTL_STEP], (uint64_t)micro, stream);
 }
 
 /* -128 * eta * guard: a vote of 1 in units of the residual */

@@ -59,11 +59,13 @@ quantize_outputs(void *arg, size_t task, size_t thread)
         v->bias_sum[n0 + j] = sum[j];
         rng[j] = ob_rng_at_row(v->key, n0 + j);
     }
-    if (bad)
+    if (bad) {
         __atomic_store_n(&v->nonfinite, 1, __ATOMIC_RELAXED);
-    else
-        v->kernels->quantize_columns_sr(v->dt, v->m, columns, dy, n, v->sx, inverse, rng, v->hq + n0 * v->m_padded,
-                                        v->m_padded, v->h_sum + n0);
+    }
+    else {
+        v->kernels->quantize_columns_sr(v->dt, v->m, columns, dy, n, v->sx, inverse, rng,
+                                        v->hq + n0 * v->m_padded, v->m_padded, v->h_sum + n0);
+    }
 }
 
 static void
@@ -74,11 +76,22 @@ vote_strip(void *arg, size_t task, size_t thread)
     const double *control = v->control;
     uint8_t *panel = v->panels + thread * OB_STRIP * v->m_padded;
     ob_vote_strip strip = {
-        .columns = OB_MIN(w->k - task * OB_STRIP, (size_t)OB_STRIP), .strip = task, .packed = w->packed,
-        .k_steps = ob_padded_k(w->k) / 16, .h_scale = v->h_scale, .s = v->s, .a = v->a, .c = v->c + task * OB_STRIP,
-        .sign = v->sign + task * OB_STRIP, .rng = v->rng, .k = w->k, .strips = v->strips,
-        .col_square = v->col_square + task * OB_STRIP, .row_square = v->row_square + task * w->n,
-        .row_sketch = v->row_sketch + task * w->n, .row_code = v->row_code + thread * w->n,
+        .columns = OB_MIN(w->k - task * OB_STRIP, (size_t)OB_STRIP),
+        .strip = task,
+        .packed = w->packed,
+        .k_steps = ob_padded_k(w->k) / 16,
+        .h_scale = v->h_scale,
+        .s = v->s,
+        .a = v->a,
+        .c = v->c + task * OB_STRIP,
+        .sign = v->sign + task * OB_STRIP,
+        .rng = v->rng,
+        .k = w->k,
+        .strips = v->strips,
+        .col_square = v->col_square + task * OB_STRIP,
+        .row_square = v->row_square + task * w->n,
+        .row_sketch = v->row_sketch + task * w->n,
+        .row_code = v->row_code + thread * w->n,
     };
     if (v->planes) {
         strip.votes = control[OB_CTL_STEP] > 0;
@@ -96,7 +109,8 @@ vote_strip(void *arg, size_t task, size_t thread)
     for (size_t n = 0, rows; n < w->n; n += rows) {
         ob_acc acc[OB_MAX_ROWS];
         rows = OB_MIN(w->n - n, v->kernels->weight_rows);
-        v->kernels->dot_weight(rows, v->m_padded, panel, v->hq + n * v->m_padded, v->m_padded, v->h_sum + n, acc);
+        v->kernels->dot_weight(rows, v->m_padded, panel, v->hq + n * v->m_padded, v->m_padded,
+                               v->h_sum + n, acc);
         v->kernels->vote_tile[rule](&strip, n, rows, (const ob_acc *)acc);
     }
 }
@@ -106,16 +120,19 @@ static void
 prepare_votes(vote_call *v)
 {
     const ob_weights *w = v->w;
-    float inverse_loss_scale = v->planes ? (float)(1.0 / v->control[OB_CTL_GRAD_SCALE]) : 1.0f, mean = 0.0f;
+    float inverse_loss_scale = v->planes ? (float)(1.0 / v->control[OB_CTL_GRAD_SCALE]) : 1.0f,
+          mean = 0.0f;
     uint64_t sketch = ob_control_key(v->control, 0.0, OB_STREAM_SKETCH), key = 0;
     ob_rng_row sketch_row = ob_rng_at_row(sketch, 0);
     int votes = v->planes && v->control[OB_CTL_STEP] > 0;
     if (votes) {
         double total = 0.0;
-        for (size_t n = 0; n < w->n; n++)
+        for (size_t n = 0; n < w->n; n++) {
             total += v->planes->row_factor[n];
+        }
         mean = (float)(total / (double)w->n);
-        enum ob_stream stream = ob_rule_momentum_bits(v->planes->rule) ? OB_STREAM_MOMENTUM : OB_STREAM_VOTE;
+        enum ob_stream stream =
+            ob_rule_momentum_bits(v->planes->rule) ? OB_STREAM_MOMENTUM : OB_STREAM_VOTE;
         key = ob_control_key(v->control, (double)v->micro, stream);
     }
     for (size_t n = 0; n < w->n; n++) {
@@ -144,13 +161,15 @@ collect_sums(vote_call *v)
             square = j ? square + v->row_square[j * n_count + n] : v->row_square[n];
             sketch = j ? sketch + v->row_sketch[j * n_count + n] : v->row_sketch[n];
         }
-        if (k_count)
+        if (k_count) {
             planes->row_sum[n] += square / (float)k_count;
+        }
         planes->sketch[n] += sketch;
         energy += (double)sketch * (double)sketch;
     }
-    for (size_t k = 0; k < k_count && n_count; k++)
+    for (size_t k = 0; k < k_count && n_count; k++) {
         planes->col_sum[k] += v->col_square[k] / (float)n_count;
+    }
     planes->control[OB_CTL_SKETCH_ENERGY] += energy;
     planes->control[OB_CTL_MICRO] += 1.0;
 }
@@ -162,15 +181,19 @@ collect_scale_gradient(vote_call *v, float *ds)
     double total = 0.0;
     for (size_t n = 0; n < n_count; n++) {
         int64_t sum = 0;
-        for (size_t t = 0; t < v->threads; t++)
+        for (size_t t = 0; t < v->threads; t++) {
             sum += v->row_code[t * n_count + n];
-        if (v->w->scale_len == 1)
+        }
+        if (v->w->scale_len == 1) {
             total += (double)sum * (double)v->h_scale[n];
-        else
+        }
+        else {
             ds[n] += (float)sum * v->h_scale[n];
+        }
     }
-    if (v->w->scale_len == 1)
+    if (v->w->scale_len == 1) {
         ds[0] += (float)total;
+    }
 }
 
 static void
@@ -181,14 +204,18 @@ vote_chunk(vote_call *v, float *ds, float *db)
         prepare_votes(v);
         memset(v->row_code, 0, v->threads * n_count * sizeof *v->row_code);
         ob_parallel_on(v->threads, v->strips, vote_strip, v);
-        if (ds)
+        if (ds) {
             collect_scale_gradient(v, ds);
+        }
     }
-    if (v->planes)
+    if (v->planes) {
         collect_sums(v);
-    if (db)
-        for (size_t n = 0; n < n_count; n++)
+    }
+    if (db) {
+        for (size_t n = 0; n < n_count; n++) {
             db[n] += v->bias_sum[n];
+        }
+    }
 }
 
 /* One block for all scratch of a call: allocations either all succeed before the first write, or nothing happens. */
@@ -197,23 +224,35 @@ take_scratch(vote_call *v, size_t m)
 {
     size_t n = v->w->n, padded_k = v->strips * OB_STRIP, hq, panels, rows, codes;
     v->m_padded = OB_CEIL_DIV(m, (size_t)4) * 4;
-    if (!ob_mul(n, v->m_padded, &hq) || !ob_mul(v->threads * OB_STRIP, v->m_padded, &panels)
-        || !ob_mul(v->strips * sizeof(float), n, &rows) || !ob_mul(v->threads * sizeof(int64_t), n, &codes)
-        || hq > SIZE_MAX / 8 || panels > SIZE_MAX / 8 || rows > SIZE_MAX / 8 || codes > SIZE_MAX / 8)
+    if (!ob_mul(n, v->m_padded, &hq) || !ob_mul(v->threads * OB_STRIP, v->m_padded, &panels) ||
+        !ob_mul(v->strips * sizeof(float), n, &rows) ||
+        !ob_mul(v->threads * sizeof(int64_t), n, &codes) || hq > SIZE_MAX / 8 ||
+        panels > SIZE_MAX / 8 || rows > SIZE_MAX / 8 || codes > SIZE_MAX / 8) {
         return NULL;
+    }
     const struct {
         void *field;
         size_t bytes;
     } parts[] = {
-        {&v->hq, hq},           {&v->panels, panels},           {&v->row_square, rows},
-        {&v->row_sketch, rows}, {&v->row_code, codes},          {&v->h_scale, n * sizeof(float)},
-        {&v->s, n * sizeof(float)},        {&v->a, n * sizeof(float)}, {&v->bias_sum, n * sizeof(float)},
-        {&v->h_sum, n * sizeof(int32_t)},  {&v->rng, n * sizeof(ob_rng_row)}, {&v->c, padded_k * sizeof(float)},
-        {&v->sign, padded_k * sizeof(uint32_t)}, {&v->col_square, padded_k * sizeof(float)},
+        {&v->hq, hq},
+        {&v->panels, panels},
+        {&v->row_square, rows},
+        {&v->row_sketch, rows},
+        {&v->row_code, codes},
+        {&v->h_scale, n * sizeof(float)},
+        {&v->s, n * sizeof(float)},
+        {&v->a, n * sizeof(float)},
+        {&v->bias_sum, n * sizeof(float)},
+        {&v->h_sum, n * sizeof(int32_t)},
+        {&v->rng, n * sizeof(ob_rng_row)},
+        {&v->c, padded_k * sizeof(float)},
+        {&v->sign, padded_k * sizeof(uint32_t)},
+        {&v->col_square, padded_k * sizeof(float)},
     };
     size_t total = 0;
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
         total += OB_CEIL_DIV(parts[i].bytes, (size_t)64) * 64;
+    }
     char *block = ob_scratch_take(total), *at = block;
     for (size_t i = 0; block && i < sizeof parts / sizeof *parts; i++) {
         memcpy(parts[i].field, &at, sizeof at);
@@ -239,13 +278,16 @@ load_chunk(vote_call *v, size_t chunk, size_t m, const char *dy, const int8_t *x
 }
 
 static void
-refuse_nonfinite(const ob_weights *w, ob_planes *planes, size_t chunks, float *ds, float *db, size_t *nonfinite)
+refuse_nonfinite(const ob_weights *w, ob_planes *planes, size_t chunks, float *ds, float *db,
+                 size_t *nonfinite)
 {
     *nonfinite = 1;
-    for (size_t n = 0; ds && n < w->scale_len; n++)
+    for (size_t n = 0; ds && n < w->scale_len; n++) {
         ds[n] = NAN;
-    for (size_t n = 0; db && n < w->n; n++)
+    }
+    for (size_t n = 0; db && n < w->n; n++) {
         db[n] = NAN;
+    }
     if (planes) {
         planes->control[OB_CTL_NONFINITE] += 1.0;
         planes->control[OB_CTL_MICRO] += (double)chunks;
@@ -253,30 +295,44 @@ refuse_nonfinite(const ob_weights *w, ob_planes *planes, size_t chunks, float *d
 }
 
 ob_status
-ob_vote(const ob_weights *w, size_t m, ob_dtype dt, const void *dy, const int8_t *xq, const float *sx, ob_planes *planes,
-        const double *control, float *ds, float *db, size_t *nonfinite)
+ob_vote(const ob_weights *w, size_t m, ob_dtype dt, const void *dy, const int8_t *xq,
+        const float *sx, ob_planes *planes, const double *control, float *ds, float *db,
+        size_t *nonfinite)
 {
     ob_status status = ob_check_weights(w);
     size_t chunks = OB_CEIL_DIV(m, (size_t)OB_TOKENS_PER_VOTE), bytes;
-    if (status != OB_OK)
+    if (status != OB_OK) {
         return status;
-    if (!ob_mul(m, w->n, &bytes) || bytes > SIZE_MAX / 4 || !ob_mul(m, ob_padded_k(w->k), &bytes))
+    }
+    if (!ob_mul(m, w->n, &bytes) || bytes > SIZE_MAX / 4 || !ob_mul(m, ob_padded_k(w->k), &bytes)) {
         return OB_OVERFLOW;
-    vote_call v = {.kernels = ob_kernels_active(), .w = w, .planes = planes,
-                   .control = planes ? planes->control : control, .dt = dt,
-                   .strips = OB_CEIL_DIV(w->k, (size_t)OB_STRIP), .threads = ob_num_threads()};
+    }
+    vote_call v = {.kernels = ob_kernels_active(),
+                   .w = w,
+                   .planes = planes,
+                   .control = planes ? planes->control : control,
+                   .dt = dt,
+                   .strips = OB_CEIL_DIV(w->k, (size_t)OB_STRIP),
+                   .threads = ob_num_threads()};
     void *scratch = take_scratch(&v, OB_MIN(m, (size_t)OB_TOKENS_PER_VOTE));
-    if (!scratch)
+    if (!scratch) {
         return OB_NO_MEMORY;
+    }
     *nonfinite = 0;
-    for (size_t chunk = 0; chunks > 1 && chunk < chunks; chunk++) /* all chunks are looked at before the first vote */
-        if (!load_chunk(&v, chunk, m, dy, xq, sx))
+    for (size_t chunk = 0; chunks > 1 && chunk < chunks;
+         chunk++) { /* all chunks are looked at before the first vote */
+        if (!load_chunk(&v, chunk, m, dy, xq, sx)) {
             break;
-    for (size_t chunk = 0; !v.nonfinite && chunk < chunks; chunk++)
-        if (load_chunk(&v, chunk, m, dy, xq, sx))
+        }
+    }
+    for (size_t chunk = 0; !v.nonfinite && chunk < chunks; chunk++) {
+        if (load_chunk(&v, chunk, m, dy, xq, sx)) {
             vote_chunk(&v, ds, db);
-    if (v.nonfinite)
+        }
+    }
+    if (v.nonfinite) {
         refuse_nonfinite(w, planes, chunks, ds, db, nonfinite);
+    }
     ob_scratch_give(scratch);
     return OB_OK;
 }
