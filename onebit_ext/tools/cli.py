@@ -39,9 +39,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="subcommands", metavar="SUBCOMMAND", required=True)
     for name in SUBCOMMANDS:
         module = import_module(f".{name}", __package__)
-        command = commands.add_parser(
-            name, help=module.HELP, description=module.DESCRIPTION, formatter_class=raw
-        )
+        command = commands.add_parser(name, help=module.HELP, description=module.DESCRIPTION, formatter_class=raw)
         module.add_arguments(command)
         command.set_defaults(run=module.run, command=name)
     return top

@@ -36,9 +36,7 @@ class Track:
 class RichTrack(Track):
     """The same as a bar on a terminal."""
 
-    def __init__(
-        self, console: Console, label: str, total: int, progress: rich.progress.Progress
-    ) -> None:
+    def __init__(self, console: Console, label: str, total: int, progress: rich.progress.Progress) -> None:
         super().__init__(console, label, total)
         self.progress = progress
         self.task = progress.add_task(label, total=total, values="")
@@ -52,11 +50,7 @@ class Console:
 
     def __init__(self, to_stderr: bool = False) -> None:
         self.stream = sys.stderr if to_stderr else sys.stdout
-        self.rich = (
-            rich.console.Console(file=self.stream, highlight=False, soft_wrap=True)
-            if HAVE_RICH
-            else None
-        )
+        self.rich = rich.console.Console(file=self.stream, highlight=False, soft_wrap=True) if HAVE_RICH else None
 
     def say(self, text: str = "", style: str = "") -> None:
         if self.rich:
@@ -84,8 +78,7 @@ class Console:
         for row in [columns, ["-" * width for width in widths], *rows]:
             self.say(
                 "  ".join(
-                    cell.rjust(w) if i else cell.ljust(w)
-                    for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+                    cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
                 ).rstrip()
             )
 

@@ -1,14 +1,19 @@
-"""`onebit-ext demo`: the arguments; the work is in demo_stages.py (torch) and demo_numpy.py."""
+"""`onebit-ext demo`: text, then the stages of onebit_ext.torch.demo, then the report."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from . import UserError
+from . import UserError, text
 from .cli import integer
+from .console import Console
+from .demo_report import report
 
 HELP = "a ternary transformer learns real text"
 STEPS = 1000
@@ -57,9 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="checkpoints, picture and figures go here (default %(default)s)",
     )
-    parser.add_argument(
-        "--numpy", action="store_true", help="a smaller model in half a minute, without torch"
-    )
+    parser.add_argument("--numpy", action="store_true", help="a smaller model in half a minute, without torch")
     parser.add_argument(
         "--json",
         action="store_true",
@@ -68,21 +71,73 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import onebit_ext as ob
+
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"cannot make the folder {args.out}: {error.strerror}; choose another with --out"
-        ) from None
+        raise cannot_write(args.out, error) from None
+    console = Console(to_stderr=args.json)
+    ob.set_num_threads(args.threads)
+    console.say(f"onebit-ext {ob.__version__} on {ob.isa()}, {args.threads} threads, seed {args.seed}")
     if args.numpy:
         from . import demo_numpy
 
-        return demo_numpy.run(args)
+        return demo_numpy.run(args, console)
     if find_spec("torch") is None:
         raise UserError("torch is missing: pip install 'onebit-ext[torch]', or take --numpy")
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "passive"
-    )  # torch's idle threads must not spin against ours
-    from . import demo_stages
+    start = time.perf_counter()
+    console.heading("Text")
+    code = text.standard_library()
+    target = text.user_text(args.text) if args.text else text.documentation()
+    described = describe(console, code, "the standard library's source")
+    source = str(args.text or "its English documentation, pydoc_data.topics")
+    result = {"version": ob.__version__, "isa": ob.isa(), "threads": args.threads, "seed": args.seed}
+    result |= {"code": described, "target": describe(console, target, source)}
+    try:
+        result |= train(args, console, code, target)
+    except OSError as error:
+        raise cannot_write(args.out, error) from None
+    result["seconds"] = time.perf_counter() - start
+    judged = args.text is None and args.steps == STEPS
+    passed = report(console, result, judged, args.out)
+    (args.out / "demo.json").write_text(json.dumps(result, indent=2))
+    if args.json:
+        print(json.dumps(result))
+    return 0 if passed else 1
 
-    return demo_stages.run(args)
+
+def train(args: argparse.Namespace, console: Console, code: text.Corpus, target: text.Corpus) -> dict[str, Any]:
+    """Both stages; imports torch."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's idle threads must not spin against ours
+    import torch
+
+    from onebit_ext.torch.demo.stages import Side, Stages
+
+    torch.set_num_threads(args.threads)
+    sides = [Side(corpus.train, corpus.held_out) for corpus in (code, target)]
+    stages = Stages(console, *sides, steps=args.steps, seed=args.seed, out=args.out)
+    stages.pretrain()
+    stages.finetune()
+    return stages.result
+
+
+def describe(console: Console, corpus: text.Corpus, source: str) -> dict[str, Any]:
+    """Print a text and its baselines; the same as plain JSON types."""
+    losses = "  ".join(f"{name} {loss:.3f}" for name, loss in corpus.baselines.items())
+    console.say(
+        f"  {corpus.name}: {source}\n    {len(corpus.train):,} bytes to train on, "
+        f"{len(corpus.held_out):,} held out ({corpus.cut:,} more cut: seen in training)\n"
+        f"    nats/byte: {losses}"
+    )
+    return {
+        "name": corpus.name,
+        "train_bytes": len(corpus.train),
+        "held_out_bytes": len(corpus.held_out),
+        "cut_bytes": corpus.cut,
+        "baselines": corpus.baselines,
+    }
+
+
+def cannot_write(folder: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write to {folder}: {error.strerror}; choose another folder with --out")

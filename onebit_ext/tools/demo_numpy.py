@@ -64,26 +64,13 @@ def batch(content: Array, ends: Array) -> tuple[Array, Array]:
     return content[ends[:, None] + np.arange(-CONTEXT, 0)], content[ends]
 
 
-def run(args: argparse.Namespace) -> int:
-    console, start = Console(to_stderr=args.json), time.perf_counter()
-    ob.set_num_threads(args.threads)
-    steps = STEPS if args.steps == 1000 else args.steps
-    console.say(
-        f"onebit-ext {ob.__version__} on {ob.isa()}, {args.threads} threads, "
-        f"numpy {np.__version__}, seed {args.seed}"
-    )
+def run(args: argparse.Namespace, console: Console) -> int:
+    start, steps = time.perf_counter(), STEPS if args.steps == 1000 else args.steps
     corpus = text.user_text(args.text) if args.text else text.standard_library()
-    console.say(
-        f"'{corpus.name}': {len(corpus.train):,} bytes to train on, "
-        f"{len(corpus.held_out):,} held out"
-    )
+    console.say(f"'{corpus.name}': {len(corpus.train):,} bytes to train on, {len(corpus.held_out):,} held out")
     generator, model = np.random.default_rng(args.seed), ByteModel(args.seed)
-    optimizer = ob.FlipOptimizer(
-        model.layers, lr=ETA, scale_lr=SCALE_LR, recipe="pretrain", seed=args.seed
-    )
-    held = batch(
-        corpus.held_out, np.linspace(CONTEXT, len(corpus.held_out) - 1, 8192).astype(np.int64)
-    )
+    optimizer = ob.FlipOptimizer(model.layers, lr=ETA, scale_lr=SCALE_LR, recipe="pretrain", seed=args.seed)
+    held = batch(corpus.held_out, np.linspace(CONTEXT, len(corpus.held_out) - 1, 8192).astype(np.int64))
     before, losses = [layer.codes() for layer in model.layers], {}
     with console.track(corpus.name, steps) as track:
         for step in range(steps + 1):
@@ -93,31 +80,18 @@ def run(args: argparse.Namespace) -> int:
                 break
             factor = min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.lr, optimizer.scale_lr = ETA * factor, SCALE_LR * factor
-            contexts, targets = batch(
-                corpus.train, generator.integers(CONTEXT, len(corpus.train), BATCH)
-            )
+            contexts, targets = batch(corpus.train, generator.integers(CONTEXT, len(corpus.train), BATCH))
             loss, dlogits = cross_entropy(model.forward(contexts), targets)
             model.backward(dlogits)
             optimizer.step()
             optimizer.zero_grad()
             track.update(step + 1, loss, optimizer.flip_rate)
-    changed = sum(
-        int((a != layer.codes()).sum()) for a, layer in zip(before, model.layers, strict=True)
-    )
+    changed = sum(int((a != layer.codes()).sum()) for a, layer in zip(before, model.layers, strict=True))
     weights = sum(a.size for a in before)
-    rows = [
-        [f"step {step}", f"{loss:.3f}", f"{loss / math.log(2):.3f}"]
-        for step, loss in losses.items()
-    ]
-    rows += [
-        [name, f"{loss:.3f}", f"{loss / math.log(2):.3f}"]
-        for name, loss in corpus.baselines.items()
-    ]
+    rows = [[f"step {step}", f"{loss:.3f}", f"{loss / math.log(2):.3f}"] for step, loss in losses.items()]
+    rows += [[name, f"{loss:.3f}", f"{loss / math.log(2):.3f}"] for name, loss in corpus.baselines.items()]
     console.table(["held-out", "nats/byte", "bits/byte"], rows)
-    console.say(
-        f"{changed:,} of {weights:,} codes differ from the start; "
-        f"{time.perf_counter() - start:.0f} s in all"
-    )
+    console.say(f"{changed:,} of {weights:,} codes differ from the start; {time.perf_counter() - start:.0f} s in all")
     passed = losses[steps] < corpus.baselines["bigram"]
     if judged := not args.text and steps == STEPS:
         console.say(f"{'PASS' if passed else 'FAIL'}  below a bigram model")

@@ -27,9 +27,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         [("ours, 10 bits", COLOURS["flip"], stage1["steps"], stage1["losses"])],
         result["code"]["baselines"],
     )
-    curves = [
-        (NAMES[name], COLOURS[name], arms[name]["steps"], arms[name]["losses"]) for name in NAMES
-    ]
+    curves = [(NAMES[name], COLOURS[name], arms[name]["steps"], arms[name]["losses"]) for name in NAMES]
     panel(
         right,
         f"Stage 2: fine-tuning to {result['target']['name']}, only the ternary layers",
@@ -55,9 +53,7 @@ def panel(axes: Axes, title: str, curves: list[Curve], baselines: dict[str, floa
         ylim=(low, high),
         xticks=[round(last * i / 5) for i in range(6)],
     )
-    labels = [
-        (losses[-1], f"{name} {losses[-1]:.3f}", colour) for name, colour, _, losses in curves
-    ]
+    labels = [(losses[-1], f"{name} {losses[-1]:.3f}", colour) for name, colour, _, losses in curves]
     for name, value in lines.items():
         axes.plot([0, last], [value, value], color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
         labels.append((value, f"{name} {value:.3f}", MUTED))

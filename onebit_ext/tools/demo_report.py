@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import text
 from .console import Console
 
 LABELS = {
@@ -21,7 +22,7 @@ LABELS = {
 class Bar:
     """One claim. Exact ones hold whatever was trained, the others belong to the default run."""
 
-    text: str
+    claim: str
     got: str
     holds: bool
     exact: bool = False
@@ -74,8 +75,7 @@ def report(console: Console, result: dict[str, Any], judged: bool, out: Path) ->
         rows(result),
     )
     console.say(
-        "bytes/weight: live arrays of the ternary layers between two steps, measured; "
-        "+ gradient: what backward adds"
+        "bytes/weight: live arrays of the ternary layers between two steps, measured; + gradient: what backward adds"
     )
     console.say(
         f"{result['codes_changed']:,} of {result['weights']:,} codes changed "
@@ -83,18 +83,17 @@ def report(console: Console, result: dict[str, Any], judged: bool, out: Path) ->
         f"{result['stage1']['losses'][-1]:.3f} -> {result['code_loss_after']:.3f} (it forgets)"
     )
     console.heading("Sample (temperature 0.5)")
-    console.say(f"before: {result['sample_before']}\nafter:  {result['sample_after']}")
+    console.say(f"before: {text.one_line(result['sample_before'])}")
+    console.say(f"after:  {text.one_line(result['sample_after'])}")
     console.heading("Files")
-    console.say(
-        f"{result['checkpoint']} ({result['checkpoint_bytes']:,} bytes), {out / 'demo.json'}"
-    )
+    console.say(f"{result['checkpoint']} ({result['checkpoint_bytes']:,} bytes), {out / 'demo.json'}")
     result["picture"] = picture(console, result, out / "demo.png")
     console.heading("Bars")
     passed = True
     for bar in (found := bars(result)):
         applies = judged or bar.exact
         verdict = ("PASS" if bar.holds else "FAIL") if applies else "----"
-        console.say(f"{verdict}  {bar.text}: {bar.got}", style="red" if verdict == "FAIL" else "")
+        console.say(f"{verdict}  {bar.claim}: {bar.got}", style="red" if verdict == "FAIL" else "")
         passed &= bar.holds or not applies
     if not judged:
         console.say("----  belongs to the default steps and text, not judged here")

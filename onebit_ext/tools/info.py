@@ -19,9 +19,7 @@ ONEBIT_ISA=scalar|avx2|avx512vnni forces an instruction set; every one of them g
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object on stdout, for machines"
-    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, for machines")
 
 
 def collect() -> dict[str, Any]:
@@ -52,30 +50,17 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=2, default=str))
         return 0
     console = Console()
-    console.say(
-        f"onebit-ext {facts['version']}, Python {facts['python']}, numpy {facts['numpy']}, "
-        f"{facts['machine']}"
-    )
-    console.say(
-        f"instruction set: {facts['isa']}; threads: {facts['threads']} on {facts['cpus']} CPUs\n"
-    )
+    console.say(f"onebit-ext {facts['version']}, Python {facts['python']}, numpy {facts['numpy']}, {facts['machine']}")
+    console.say(f"instruction set: {facts['isa']}; threads: {facts['threads']} on {facts['cpus']} CPUs\n")
     rows = []
     for entry in reversed(facts["isas"]):
-        state = (
-            "in use"
-            if entry["active"]
-            else "available"
-            if entry["supported"]
-            else "not on this machine"
-        )
+        state = "in use" if entry["active"] else "available" if entry["supported"] else "not on this machine"
         rows.append([entry["name"], state, _tiles(entry["tiles"])])
     console.table(["instruction set", "state", "tile rows: forward, dX, dW"], rows)
     console.say(f"\npackings:   {', '.join(facts['formats'])}")
     console.say(f"flip rules: {', '.join(facts['rules'])}")
     memory = facts["memory"]
-    console.say(
-        f"memory:     {memory['live']:,} bytes live in the C allocator, peak {memory['peak']:,}"
-    )
+    console.say(f"memory:     {memory['live']:,} bytes live in the C allocator, peak {memory['peak']:,}")
     return 0
 
 

@@ -58,9 +58,7 @@ def standard_library() -> Corpus:
         for path in sorted(Path(folder, name) for name in files if name.endswith(".py")):
             content = path.read_bytes()
             if len(content) >= 2000:
-                digest = hashlib.md5(
-                    path.relative_to(root).as_posix().encode(), usedforsecurity=False
-                ).hexdigest()
+                digest = hashlib.md5(path.relative_to(root).as_posix().encode(), usedforsecurity=False).hexdigest()
                 (held_out if int(digest[:8], 16) % 16 == 0 else train).append(content[:100_000])
     if not train:
         raise UserError(f"no Python sources under {root}: install them (Debian: libpython3-stdlib)")
@@ -72,9 +70,7 @@ def documentation() -> Corpus:
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise UserError(
-            "pydoc_data is missing: install it (Debian: libpython3-stdlib) or pass --text FILE"
-        ) from None
+        raise UserError("pydoc_data is missing: install it (Debian: libpython3-stdlib) or pass --text FILE") from None
     seen: set[str] = set()
     ordered = sorted(topics, key=lambda name: (-len(topics[name]), name))
     unique = [_unique_paragraphs(topics[name], seen) for name in ordered]  # topics quote each other
@@ -86,16 +82,10 @@ def user_text(path: Path) -> Corpus:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror}; pass a readable file to --text"
-        ) from None
+        raise UserError(f"cannot read {path}: {error.strerror}; pass a readable file to --text") from None
     if len(content) < 16 * MIN_HELD_OUT:
-        raise UserError(
-            f"{path} has {len(content):,} bytes; --text needs at least {16 * MIN_HELD_OUT:,}"
-        )
-    lines = _unique_paragraphs(content.decode("utf-8", "surrogateescape"), set()).splitlines(
-        keepends=True
-    )
+        raise UserError(f"{path} has {len(content):,} bytes; --text needs at least {16 * MIN_HELD_OUT:,}")
+    lines = _unique_paragraphs(content.decode("utf-8", "surrogateescape"), set()).splitlines(keepends=True)
     size, parts = sum(map(len, lines)) // 64 + 1, [b""]
     for line in lines:
         if len(parts[-1]) >= size:
@@ -104,12 +94,9 @@ def user_text(path: Path) -> Corpus:
     return _corpus(path.name, [part for i, part in enumerate(parts) if i % 8 != 3], parts[3::8])
 
 
-def as_text(content: bytes) -> str:
-    """Bytes of any origin as one printable line."""
-    return "".join(
-        c if c.isprintable() else "⏎" if c == "\n" else " "
-        for c in content.decode("utf-8", "replace")
-    )
+def one_line(sample: str) -> str:
+    """A sample with its line ends and unprintable characters made visible or blank."""
+    return "".join(c if c.isprintable() else "⏎" if c == "\n" else " " for c in sample)
 
 
 def ngram_loss(train: Bytes, held_out: Bytes, order: int) -> float:
@@ -156,12 +143,8 @@ def _window_hashes(text: Bytes) -> NDArray[np.uint64]:
     if len(text) < WINDOW:
         return np.zeros(0, np.uint64)
     table = np.random.default_rng(0).integers(0, 2**64, 256, np.uint64)
-    prefix = np.concatenate(
-        [np.zeros(1, np.uint64), np.cumsum(table[text] * _powers(_BASE, len(text)))]
-    )
-    return (prefix[WINDOW:] - prefix[:-WINDOW]) * _powers(
-        pow(_BASE, -1, 2**64), len(text) - WINDOW + 1
-    )
+    prefix = np.concatenate([np.zeros(1, np.uint64), np.cumsum(table[text] * _powers(_BASE, len(text)))])
+    return (prefix[WINDOW:] - prefix[:-WINDOW]) * _powers(pow(_BASE, -1, 2**64), len(text) - WINDOW + 1)
 
 
 _BASE = 0x9E3779B97F4A7C15  # odd: it has an inverse modulo 2^64
@@ -198,9 +181,7 @@ def _corpus(name: str, train_parts: list[bytes], held_out_parts: list[bytes]) ->
             f"'{name}' leaves {len(kept):,} held-out bytes once repeats are cut, "
             f"{MIN_HELD_OUT:,} are needed: take a longer text"
         )
-    corpus = Corpus(
-        name, np.frombuffer(train, np.uint8), np.frombuffer(kept, np.uint8), len(whole) - len(kept)
-    )
+    corpus = Corpus(name, np.frombuffer(train, np.uint8), np.frombuffer(kept, np.uint8), len(whole) - len(kept))
     for order, label in enumerate(("unigram", "bigram", "trigram")):
         corpus.baselines[label] = ngram_loss(corpus.train, corpus.held_out, order)
     corpus.baselines["zlib -9"] = zlib_loss(corpus.held_out)

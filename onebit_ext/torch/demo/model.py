@@ -42,12 +42,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, time, width = x.shape
-        q, k, v = (
-            self.qkv(self.norm_qkv(x)).view(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        )
-        y = F.scaled_dot_product_attention(
-            _rotate(q, cos, sin), _rotate(k, cos, sin), v, is_causal=True
-        )
+        q, k, v = self.qkv(self.norm_qkv(x)).view(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v, is_causal=True)
         x = x + self.out(self.norm_out(y.transpose(1, 2).reshape(batch, time, width)))
         gate, up = self.gate_up(self.norm_up(x)).chunk(2, -1)
         return x + self.down(self.norm_down(F.silu(gate) * up))
@@ -64,16 +60,10 @@ class ByteTransformer(nn.Module):
     Built with `nn.Linear`; `replace_linear` makes the blocks' layers ternary and leaves `lm_head`.
     """
 
-    def __init__(
-        self,
-        width: int = 128,
-        layers: int = 2,
-        heads: int = 4,
-        hidden: int = 384,
-        context: int = 128,
-    ) -> None:
+    context = 128  # longest T
+
+    def __init__(self, width: int = 128, layers: int = 2, heads: int = 4, hidden: int = 384) -> None:
         super().__init__()
-        self.context = context
         self.embedding = nn.Embedding(VOCABULARY, width)
         self.blocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(layers))
         self.norm = RMSNorm(width, True)
@@ -81,7 +71,7 @@ class ByteTransformer(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.lm_head.weight, std=0.02)
         half = width // heads // 2
-        angle = torch.arange(context)[:, None] * 10000 ** (-torch.arange(half) / half)[None]
+        angle = torch.arange(self.context)[:, None] * 10000 ** (-torch.arange(half) / half)[None]
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
@@ -99,11 +89,7 @@ class ByteTransformer(nn.Module):
 
     def linears(self) -> list[nn.Module]:
         """The layers that are ternary in the demo, whatever class they have now."""
-        return [
-            layer
-            for block in self.blocks
-            for layer in (block.qkv, block.out, block.gate_up, block.down)
-        ]
+        return [layer for block in self.blocks for layer in (block.qkv, block.out, block.gate_up, block.down)]
 
     def float_parameters(self) -> list[nn.Parameter]:
         """Embedding, head and norms: everything outside `linears()`."""
@@ -117,7 +103,5 @@ class ByteTransformer(nn.Module):
         tokens = torch.tensor(list(prompt))[None]
         for _ in range(length):
             weights = F.softmax(self(tokens[:, -self.context :])[0, -1] / temperature, -1)
-            tokens = torch.cat(
-                [tokens, torch.multinomial(weights, 1, generator=generator)[None]], 1
-            )
+            tokens = torch.cat([tokens, torch.multinomial(weights, 1, generator=generator)[None]], 1)
         return bytes(tokens[0].tolist())

@@ -57,17 +57,13 @@ class Plan:
     clip: list[nn.Parameter] = field(default_factory=list)
 
 
-def train(
-    model: ByteTransformer, optimizer: torch.optim.Optimizer, plan: Plan, watch: Watch
-) -> Run:
+def train(model: ByteTransformer, optimizer: torch.optim.Optimizer, plan: Plan, watch: Watch) -> Run:
     """Train on random windows with warmup and cosine; measure at the start and POINTS times."""
     text, steps = plan.text, plan.steps
     run, generator = Run(), torch.Generator().manual_seed(plan.seed)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: (
-            min(1.0, (step + 1) / plan.warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        ),
+        lambda step: min(1.0, (step + 1) / plan.warmup) * 0.5 * (1 + math.cos(math.pi * step / steps)),
     )
     offsets, smooth, times, start = (
         torch.arange(model.context + 1),
@@ -123,9 +119,7 @@ def state_bytes(model: ByteTransformer, optimizer: torch.optim.Optimizer | None)
 
 def gradient_bytes(model: ByteTransformer) -> int:
     """Bytes of the ternary layers' gradients after a backward."""
-    return sum(
-        p.grad.nbytes for layer in model.linears() for p in layer.parameters() if p.grad is not None
-    )
+    return sum(p.grad.nbytes for layer in model.linears() for p in layer.parameters() if p.grad is not None)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -149,11 +143,7 @@ def fingerprints(model: nn.Module) -> dict[str, str]:
 
 def codes(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the packed 2-bit codes in the state_dict, uint8."""
-    return {
-        name: tensor.clone()
-        for name, tensor in model.state_dict().items()
-        if tensor.dtype == torch.uint8
-    }
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if tensor.dtype == torch.uint8}
 
 
 def codes_changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> int:
