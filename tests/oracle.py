@@ -1,7 +1,8 @@
 """An independent NumPy reading of csrc/README.md: what every kernel must compute, to the bit.
 
-Codes are plain int8 matrices (N, K) here, products are int64, float steps are float32 in the stated order, random numbers
-are uint32/uint64 arrays.  Nothing is imported from the package.  Planes are dicts of arrays as `_core.new_planes` makes.
+Codes are plain int8 matrices (N, K) here, products are int64, float steps are float32 in the
+stated order, random numbers are uint32/uint64 arrays.  Nothing is imported from the package.
+Planes are dicts of arrays as `_core.new_planes` makes.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 TINY = F32(2.0**-100)
 TOKENS_PER_VOTE = 65536
 NAN = np.array(0x7FC00000, np.uint32).view(F32)[()]
-FIELDS = (
-    "seed layer step micro nonfinite eta eta_peak guard cap clip beta1 beta2 grad_scale sketch_energy moved scale_init "
-    "beta1_power beta2_power reserved0 reserved1"
-).split()
-CONTROL = {name: i for i, name in enumerate(FIELDS)}
+FIELDS = """
+    seed layer step micro nonfinite eta eta_peak guard cap clip beta1 beta2 grad_scale sketch_energy
+    moved scale_init beta1_power beta2_power reserved0 reserved1
+"""
+CONTROL = {name: i for i, name in enumerate(FIELDS.split())}
 INPUT_GRAD, WEIGHT_GRAD, VOTE, MOMENTUM, MOMENTUM_STEP, SKETCH, INIT = range(1, 8)
 
 
@@ -41,11 +42,18 @@ def splitmix64(x: Any) -> Array:
 def draw(control: Array, micro: int, stream: int, rows: Array, columns: Array) -> Array:
     """32 random bits (rows, columns) of a layer's stream at control's seed, layer and step."""
     key = np.uint64(0)
-    for field in (*(int(control[CONTROL[name]]) for name in ("seed", "layer", "step")), micro, stream):
+    for field in (
+        *(int(control[CONTROL[name]]) for name in ("seed", "layer", "step")),
+        micro,
+        stream,
+    ):
         key = splitmix64(key ^ np.uint64(field))
     with np.errstate(over="ignore"):
         words = splitmix64(key + rows.astype(np.uint64))[:, None]
-        a, b = (words & np.uint64(0xFFFFFFFF)).astype(np.uint32), (words >> np.uint64(32)).astype(np.uint32)
+        a, b = (
+            (words & np.uint64(0xFFFFFFFF)).astype(np.uint32),
+            (words >> np.uint64(32)).astype(np.uint32),
+        )
         x = columns.astype(np.uint32)[None, :] * np.uint32(0x9E3779B9) + a
         x = ((x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)) ^ b
         x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
@@ -91,13 +99,13 @@ def in_order(x: Array) -> Any:
 
 
 def sum_rows(q: Array) -> Array:
-    """(N, K) float32 -> (N,): strips of 64 columns, 16 lanes and a tree in each, strips in order."""
+    """(N, K) float32 -> (N,): strips of 64 columns, each 16 lanes and a tree, in order."""
     n, k = q.shape
     if k == 0:
         return np.zeros(n, F32)
     strips = np.zeros((n, -(-k // 64) * 64), F32)
     strips[:, :k] = q
-    q = strips.reshape(n, -1, 4, 16)
+    q = strips.reshape(n, strips.shape[1] // 64, 4, 16)
     lane = ((q[:, :, 0] + q[:, :, 1]) + q[:, :, 2]) + q[:, :, 3]
     for half in (8, 4, 2, 1):
         lane = lane[:, :, :half] + lane[:, :, half : 2 * half]
@@ -106,7 +114,7 @@ def sum_rows(q: Array) -> Array:
 
 # ------------------------------------------------------------------ formats
 def pack(codes: Array, format: str = "tile16") -> Array:
-    """int8 codes (N, K) -> flat bytes of a packing, two bits (code + 1) per weight."""
+    """int8 codes (N, K) -> uint8 array of a packing: two bits, code + 1, per weight."""
     n, k = codes.shape
     bits = (codes + 1).astype(np.uint8)
     if format == "tile16":  # strip, step, v, o, kk; bit pair p
@@ -116,9 +124,9 @@ def pack(codes: Array, format: str = "tile16") -> Array:
         pairs = tiles.transpose(0, 3, 1, 2, 5, 4)
     elif format == "rows4":  # rows i, i + N/4, i + N/2, i + 3N/4 share byte row i
         pairs = bits.reshape(4, n // 4, k).transpose(1, 2, 0)
-    else:  # seq2: row-major order, four per byte
-        flat = np.ones(-(-bits.size // 4) * 4, np.uint8)
-        flat[: bits.size] = bits.ravel()
+    else:  # seq2: row by row, four columns per byte
+        flat = np.ones((n, -(-k // 4) * 4), np.uint8)
+        flat[:, :k] = bits
         pairs = flat.reshape(-1, 4)
     return (pairs << np.array([0, 2, 4, 6], np.uint8)).sum(axis=-1, dtype=np.uint8)
 
@@ -197,8 +205,16 @@ def weight_gradient(dy: Array, xq: Array, sx: Array, shape: tuple[int, int], con
 
 
 def vote(
-    dy: Array, xq: Array, sx: Array, codes: Array, scale: Array, planes: Planes | None = None,
-    *, control: Array | None = None, ds: Array | None = None, db: Array | None = None,
+    dy: Array,
+    xq: Array,
+    sx: Array,
+    codes: Array,
+    scale: Array,
+    planes: Planes | None = None,
+    *,
+    control: Array | None = None,
+    ds: Array | None = None,
+    db: Array | None = None,
 ) -> int:
     """The weight side of the backward, in place; returns 1 if a dy * sx is non-finite."""
     state = planes["control"] if planes is not None else control
@@ -244,12 +260,10 @@ def _scale_and_bias(
 
 def _measure(acc: Array, hs: Array, unscaled: Array, planes: Planes) -> None:
     n, k = acc.shape
-    if n == 0 or k == 0:
-        return
     control = planes["control"]
     g = (acc.astype(F32) * hs[:, None]) * unscaled[:, None]
-    planes["row_sum"] += sum_rows(g * g) / F32(k)
-    planes["col_sum"] += in_order(g * g) / F32(n)
+    planes["row_sum"] += sum_rows(g * g) / F32(max(k, 1))
+    planes["col_sum"] += in_order(g * g) / F32(max(n, 1))
     negative = draw(control, 0, SKETCH, np.arange(1), np.arange(k)) >> np.uint32(31) == 1
     z = sum_rows(np.where(negative, -g, g))
     planes["sketch"] += z
@@ -257,11 +271,10 @@ def _measure(acc: Array, hs: Array, unscaled: Array, planes: Planes) -> None:
 
 
 def _cast(acc: Array, hs: Array, unscaled: Array, planes: Planes, micro: int) -> None:
-    n, k = acc.shape
-    if n == 0 or k == 0:
+    if acc.size == 0:
         return
     control, rows, cols = planes["control"], planes["row_factor"], planes["col_factor"]
-    q = rows / F32(in_order(rows.astype(np.float64)) / n)
+    q = rows / F32(in_order(rows.astype(np.float64)) / len(acc))
     a = np.where(q > 0, (hs * unscaled) / np.sqrt(q), F32(0))
     c = np.where(cols > 0, F32(1) / np.sqrt(cols), F32(0))
     clip = F32(control[CONTROL["clip"]])
@@ -298,14 +311,14 @@ def _vote_momentum(u: Array, planes: Planes, micro: int) -> None:
     m = read_momentum(planes)
     m[:, :k] = (beta1 * m[:, :k] if micro == 0 else m[:, :k]) + share * u
     m[:, k:] = 0
-    blocks = m.reshape(n, -1, 64)
+    blocks = m.reshape(n, m.shape[1] // 64, 64)
     top = absmax(blocks, 2)
     live = top >= TINY
     up = (((top / F32(7)).view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16)).astype(np.uint16)
     up = np.where(live, up, 0).astype(np.uint16)
     inverse = np.where(live, F32(1) / np.where(live, as_float(up), F32(1)), F32(0)).astype(F32)
-    codes = stochastic_round((blocks * inverse[:, :, None]).reshape(n, -1), control, micro, MOMENTUM, 7)
-    codes = np.where(live[:, :, None], codes.reshape(n, -1, 64), 0) & 15
+    codes = stochastic_round((blocks * inverse[:, :, None]).reshape(m.shape), control, micro, MOMENTUM, 7)
+    codes = np.where(live[:, :, None], codes.reshape(blocks.shape), 0) & 15
     planes["momentum"][...] = codes[:, :, :32] | codes[:, :, 32:] << 4
     planes["momentum_scale"][...] = up.view(planes["momentum_scale"].dtype)
 
@@ -342,6 +355,7 @@ def flip(codes: Array, planes: Planes) -> int:
     control[CONTROL["step"]] += 1
     control[CONTROL["moved"]] = moved
     discard(planes)
+    control[CONTROL["micro"]] = 0
     return moved
 
 
@@ -354,16 +368,14 @@ def _update_guard(control: Array, moved: int, cells: int) -> None:
 
 
 def discard(planes: Planes) -> None:
-    """Forget the step's sums; votes stay in the residual."""
+    """Forget the step's sums; votes stay, and later micro-batches of the step draw fresh numbers."""
     for name in ("row_sum", "col_sum", "sketch"):
         planes[name][...] = 0
-    for name in ("micro", "nonfinite", "sketch_energy"):
+    for name in ("nonfinite", "sketch_energy"):
         planes["control"][CONTROL[name]] = 0
 
 
-def scale_step(
-    scale: Array, grad: Array, exp_avg: Array, exp_avg_sq: Array, control: Array, lr: float
-) -> None:
+def scale_step(scale: Array, grad: Array, exp_avg: Array, exp_avg_sq: Array, control: Array, lr: float) -> None:
     """Adam on the scale, in place."""
     b1, b2 = float(control[CONTROL["beta1"]]), float(control[CONTROL["beta2"]])
     g = grad * F32(1.0 / control[CONTROL["grad_scale"]])
@@ -375,48 +387,3 @@ def scale_step(
     vh = exp_avg_sq / F32(1 - control[CONTROL["beta2_power"]])
     s = scale - (F32(lr * control[CONTROL["scale_init"]]) * mh) / (np.sqrt(vh) + F32(1e-8))
     scale[...] = F32(1) / (F32(1) / np.maximum(s, F32(1e-8)))
-
-
-# ------------------------------------------------------------------ with the signatures of `onebit_ext._core`
-class Packed:
-    """The oracle behind the calls of `_core` and `_core.reference`, so that one test drives all three."""
-
-    @staticmethod
-    def linear_forward(
-        x: Array, packed: Array, scale: Array, out_features: int, bias: Array | None = None,
-        *, xq: Array | None = None, sx: Array | None = None,
-    ) -> Array:
-        y, q, s = linear_forward(x, unpack(packed, (out_features, x.shape[1])), scale, bias)
-        if xq is not None and sx is not None:
-            xq[...], sx[...] = q, s
-        return y
-
-    @staticmethod
-    def linear_backward_input(dy: Array, packed: Array, scale: Array, in_features: int, control: Array) -> Array:
-        return linear_backward_input(dy, unpack(packed, (dy.shape[1], in_features)), scale, control)[0]
-
-    @staticmethod
-    def vote(
-        dy: Array, xq: Array, sx: Array, packed: Array, scale: Array, in_features: int, planes: Planes | None = None,
-        *, control: Array | None = None, ds: Array | None = None, db: Array | None = None,
-    ) -> None:
-        codes = unpack(packed, (dy.shape[1], in_features))
-        vote(dy, xq, sx, codes, scale, planes, control=control, ds=ds, db=db)
-
-    @staticmethod
-    def flip(packed: Array, planes: Planes) -> int:
-        codes = unpack(packed, (len(planes["row_factor"]), len(planes["col_factor"])))
-        moved = flip(codes, planes)
-        packed[...] = pack(codes).reshape(packed.shape)
-        return moved
-
-    @staticmethod
-    def absmean(w: Array) -> tuple[Array, Array]:
-        codes, scale = absmean(w)
-        return pack(codes), scale
-
-    @staticmethod
-    def weight_gradient(
-        dy: Array, xq: Array, sx: Array, packed: Array, scale: Array, in_features: int, control: Array
-    ) -> Array:
-        return weight_gradient(dy, xq, sx, (dy.shape[1], in_features), control)

@@ -78,7 +78,8 @@ update_guard(double cells, double moved, double *control)
 }
 
 ob_status
-ob_reference_flip(size_t n_count, size_t k_count, uint8_t *packed, ob_planes *planes, uint64_t *moved)
+ob_reference_flip(size_t n_count, size_t k_count, uint8_t *packed, ob_planes *planes,
+                  uint64_t *moved)
 {
     // packed (N,K), residual (N,K), momentum (N, ceil(K/64), 32), factors and sums (N,) (K,)
     double *control = planes->control;

@@ -24,8 +24,8 @@ quantize_token(ob_dtype dt, size_t inputs, const void *x, size_t first, int8_t *
 }
 
 ob_status
-ob_reference_linear_forward(const ob_weights *w, size_t m_count, ob_dtype dt, const void *x, void *y, int8_t *xq,
-                            float *sx)
+ob_reference_linear_forward(const ob_weights *w, size_t m_count, ob_dtype dt, const void *x,
+                            void *y, int8_t *xq, float *sx)
 {
     // x (M,K) dt, packed (N,K), scale (1,) or (N,), bias (N,) -> y (M,N) dt, xq (M, padded K), sx (M,)
     ob_status status = ob_ref_check(w);
@@ -62,12 +62,14 @@ ob_reference_linear_forward(const ob_weights *w, size_t m_count, ob_dtype dt, co
 
 /* dy (N,) of token m -> q (N,), returns d; a non-finite g = dy * s gives q = 0 and NaN */
 static float
-quantize_gradient(const ob_weights *w, ob_dtype dt, const void *dy, size_t m, ob_rng_row random, int8_t *q)
+quantize_gradient(const ob_weights *w, ob_dtype dt, const void *dy, size_t m, ob_rng_row random,
+                  int8_t *q)
 {
     memset(q, 0, w->n);
     uint32_t absmax = 0;
     for (size_t n = 0; n < w->n; n++) {
-        uint32_t bits = ob_ref_bits(ob_ref_load(dt, dy, m * w->n + n) * ob_ref_scale(w, n)) & 0x7FFFFFFFu;
+        uint32_t bits =
+            ob_ref_bits(ob_ref_load(dt, dy, m * w->n + n) * ob_ref_scale(w, n)) & 0x7FFFFFFFu;
         absmax = bits > absmax ? bits : absmax;
     }
     if (absmax >= OB_REF_INF_BITS) {
@@ -86,8 +88,8 @@ quantize_gradient(const ob_weights *w, ob_dtype dt, const void *dy, size_t m, ob
 }
 
 ob_status
-ob_reference_linear_backward_input(const ob_weights *w, size_t m_count, ob_dtype dt, const void *dy, void *dx,
-                                   const double *control, size_t *nonfinite)
+ob_reference_linear_backward_input(const ob_weights *w, size_t m_count, ob_dtype dt, const void *dy,
+                                   void *dx, const double *control, size_t *nonfinite)
 {
     // dy (M,N) dt, packed (N,K), scale (1,) or (N,) -> dx (M,K) dt
     ob_status status = ob_ref_check(w);
@@ -116,7 +118,8 @@ ob_reference_linear_backward_input(const ob_weights *w, size_t m_count, ob_dtype
 }
 
 ob_status
-ob_reference_absmean(size_t n_count, size_t k_count, ob_dtype dt, const void *w, uint8_t *packed, float *scale)
+ob_reference_absmean(size_t n_count, size_t k_count, ob_dtype dt, const void *w, uint8_t *packed,
+                     float *scale)
 {
     // w (N,K) dt -> packed tile16, scale (1,)
     double total = 0.0;

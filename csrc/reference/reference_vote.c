@@ -6,15 +6,15 @@ typedef struct micro_batch {
     const ob_weights *w;
     size_t tokens, padded; /* M, padded K */
     ob_dtype dt;
-    const void *dy;   /* (M,N), from token `first` */
+    const void *dy; /* (M,N), from token `first` */
     size_t first;
     const int8_t *xq; /* (M, padded K) */
     const float *sx;  /* (M,) */
     const double *control;
     uint64_t micro;
-    int8_t *hq;       /* (N,M) scratch */
-    float *h_scale;   /* (N,) scratch */
-    int32_t *acc;     /* (N,K) scratch */
+    int8_t *hq;     /* (N,M) scratch */
+    float *h_scale; /* (N,) scratch */
+    int32_t *acc;   /* (N,K) scratch */
 } micro_batch;
 
 static float
@@ -105,6 +105,13 @@ sum_row(size_t inputs, const float *q)
     return total;
 }
 
+/* the mean of nothing is 0 */
+static float
+mean(float sum, size_t count)
+{
+    return count > 0 ? sum / (float)count : 0.0f;
+}
+
 /* s'_n: the weight scale without the loss scale */
 static float
 unscaled(const micro_batch *b, size_t n)
@@ -125,14 +132,11 @@ measure(const micro_batch *b, ob_planes *planes, float *row)
     size_t outputs = b->w->n, inputs = b->w->k;
     ob_rng_row signs = ob_rng_at_row(ob_ref_key(b->control, 0, OB_STREAM_SKETCH), 0);
     double energy = 0.0;
-    if (outputs == 0 || inputs == 0) {
-        return; // an empty mean adds nothing
-    }
     for (size_t n = 0; n < outputs; n++) {
         for (size_t k = 0; k < inputs; k++) {
             row[k] = gradient(b, n, k) * gradient(b, n, k);
         }
-        planes->row_sum[n] += sum_row(inputs, row) / (float)inputs;
+        planes->row_sum[n] += mean(sum_row(inputs, row), inputs);
         for (size_t k = 0; k < inputs; k++) {
             float g = gradient(b, n, k);
             row[k] = ob_rng_draw(signs, (uint32_t)k) >> 31 ? -g : g;
@@ -147,7 +151,7 @@ measure(const micro_batch *b, ob_planes *planes, float *row)
         for (size_t n = 0; n < outputs; n++) {
             sum += gradient(b, n, k) * gradient(b, n, k);
         }
-        planes->col_sum[k] += sum / (float)outputs;
+        planes->col_sum[k] += mean(sum, outputs);
     }
 }
 
@@ -232,10 +236,10 @@ cast_votes(const micro_batch *b, ob_planes *planes, float *u)
     for (size_t n = 0; n < outputs; n++) {
         sum += (double)planes->row_factor[n];
     }
-    float mean = (float)(sum / (double)outputs);
+    float average = (float)(sum / (double)outputs);
     float clip = (float)b->control[OB_CTL_CLIP];
     for (size_t n = 0; n < outputs; n++) {
-        float q = planes->row_factor[n] / mean;
+        float q = planes->row_factor[n] / average;
         float a = q > 0.0f ? (b->h_scale[n] * unscaled(b, n)) / sqrtf(q) : 0.0f;
         for (size_t k = 0; k < inputs; k++) {
             float col = planes->col_factor[k];
@@ -275,8 +279,9 @@ fill_nan(size_t count, float *x)
 }
 
 ob_status
-ob_reference_vote(const ob_weights *w, size_t m_count, ob_dtype dt, const void *dy, const int8_t *xq, const float *sx,
-                  ob_planes *planes, const double *control, float *ds, float *db, size_t *nonfinite)
+ob_reference_vote(const ob_weights *w, size_t m_count, ob_dtype dt, const void *dy,
+                  const int8_t *xq, const float *sx, ob_planes *planes, const double *control,
+                  float *ds, float *db, size_t *nonfinite)
 {
     // dy (M,N) dt, xq (M, padded K), sx (M,), packed (N,K) -> planes, ds (1,) or (N,), db (N,)
     const double *state = planes != NULL ? planes->control : control;
@@ -285,7 +290,8 @@ ob_reference_vote(const ob_weights *w, size_t m_count, ob_dtype dt, const void *
     if (status != OB_OK) {
         return status;
     }
-    micro_batch b = {w, 0, padded, dt, dy, 0, xq, sx, state, (uint64_t)state[OB_CTL_MICRO], NULL, NULL, NULL};
+    micro_batch b = {w,    0,    padded, dt, dy, 0, xq, sx, state, (uint64_t)state[OB_CTL_MICRO],
+                     NULL, NULL, NULL};
     float *row = ob_alloc((w->k + 1) * sizeof(float)); /* one row of g or u */
     status = row == NULL ? OB_NO_MEMORY : allocate(&b, chunk);
     *nonfinite = status == OB_OK && any_nonfinite(&b, m_count);
@@ -294,7 +300,8 @@ ob_reference_vote(const ob_weights *w, size_t m_count, ob_dtype dt, const void *
         fill_nan(w->n, db);
         if (planes != NULL) {
             planes->control[OB_CTL_NONFINITE] += 1;
-            planes->control[OB_CTL_MICRO] += (double)OB_CEIL_DIV(m_count, (size_t)OB_TOKENS_PER_VOTE);
+            planes->control[OB_CTL_MICRO] +=
+                (double)OB_CEIL_DIV(m_count, (size_t)OB_TOKENS_PER_VOTE);
         }
     }
     for (size_t m = 0; status == OB_OK && !*nonfinite && m < m_count; m += chunk, b.micro++) {
@@ -319,16 +326,16 @@ ob_reference_vote(const ob_weights *w, size_t m_count, ob_dtype dt, const void *
 }
 
 ob_status
-ob_reference_weight_gradient(const ob_weights *w, size_t m_count, ob_dtype dt, const void *dy, const int8_t *xq,
-                             const float *sx, const double *control, double *dw)
+ob_reference_weight_gradient(const ob_weights *w, size_t m_count, ob_dtype dt, const void *dy,
+                             const int8_t *xq, const float *sx, const double *control, double *dw)
 {
     // dy (M,N) dt, xq (M, padded K), sx (M,) -> dw (N,K) = acc * h_scale; NaN if a dy * sx is non-finite
     ob_status status = m_count > OB_TOKENS_PER_VOTE ? OB_INVALID : ob_ref_check(w);
     if (status != OB_OK) {
         return status;
     }
-    micro_batch b = {w,  m_count, 16 * OB_CEIL_DIV(w->k, 16), dt, dy, 0, xq, sx, control,
-                     (uint64_t)control[OB_CTL_MICRO], NULL, NULL, NULL};
+    micro_batch b = {w,  m_count, 16 * OB_CEIL_DIV(w->k, 16),      dt,   dy,   0,   xq,
+                     sx, control, (uint64_t)control[OB_CTL_MICRO], NULL, NULL, NULL};
     status = allocate(&b, m_count);
     if (status == OB_OK) {
         double mask = any_nonfinite(&b, m_count) ? (double)ob_ref_float(OB_REF_NAN_BITS) : 1.0;

@@ -1,0 +1,122 @@
+"""Every kernel gives the bits of the naive reference: instruction sets x threads x shapes around every tile edge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shapes
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import BF16, F32, Array
+from shapes import EDGES, RULES, Oracle, Problem, assert_same_bits, outputs, random_problem
+
+import onebit_ext
+from onebit_ext import _core
+
+ISAS = [i["name"] for i in _core.isas() if i["supported"]]
+THREADS = (1, 2, 3, 5, 8)
+GOLDEN = Path(__file__).parent / "golden" / "signature.json"
+compared = {"outputs": 0}
+
+Case = tuple[Problem, dict[str, Array]]
+
+
+@pytest.fixture(scope="module")
+def cases(seed: int) -> list[Case]:
+    """Sampled problems with what the reference makes of them, itself checked against the oracle."""
+    made = []
+    for problem in shapes.sample_problems(seed, 4 * len(EDGES)):
+        want = outputs(_core.reference, problem)
+        assert_same_bits(outputs(Oracle, problem), want, f"oracle, {problem}")
+        made.append((problem, want))
+    return made
+
+
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize("name", ISAS)
+def test_training_step(name: str, threads: int, cases: list[Case]) -> None:
+    _core.force_isa(name)
+    _core.set_num_threads(threads)
+    assert (_core.isa(), _core.num_threads()) == (name, threads)
+    for problem, want in cases:
+        what = f"{name}, {threads} threads, {problem}"
+        compared["outputs"] += assert_same_bits(outputs(_core, problem), want, what)
+
+
+def test_a_million_outputs_were_compared() -> None:
+    assert compared["outputs"] >= 10**6
+    print(f"{compared['outputs']:,} outputs compared, none differs")
+
+
+@given(
+    m=st.integers(0, 70),
+    n=st.integers(0, 140),
+    k=st.integers(0, 200),
+    seed=st.integers(0, 2**32),
+    dtype=st.sampled_from([F32, BF16]),
+    rows=st.booleans(),
+    bias=st.booleans(),
+    rule=st.sampled_from(RULES),
+    step=st.sampled_from([0, 1, 99]),
+    votes=st.integers(0, 3),
+    name=st.sampled_from(ISAS),
+    threads=st.sampled_from(THREADS),
+)
+def test_any_shape(
+    m: int,
+    n: int,
+    k: int,
+    seed: int,
+    dtype: type,
+    rows: bool,
+    bias: bool,
+    rule: str,
+    step: int,
+    votes: int,
+    name: str,
+    threads: int,
+) -> None:
+    p = random_problem(seed, m, n, k, dtype=dtype, rows=rows, bias=bias, rule=rule, step=step)
+    _core.force_isa(name)
+    _core.set_num_threads(threads)
+    got = outputs(_core, p, votes)
+    assert_same_bits(got, outputs(_core.reference, p, votes), p)
+    assert_same_bits(got, outputs(Oracle, p, votes), p)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_long_batch_is_cut_into_micro_batches(isa: str, rule: str) -> None:
+    m = 2 * _core.TOKENS_PER_VOTE + 3
+    problem = random_problem(5, m, 3, 5, rows=True, rule=rule)
+    want = outputs(Oracle, problem, votes=1)
+    assert want["voted control"][_core.CONTROL["micro"]] == 3
+    assert_same_bits(outputs(_core.reference, problem, votes=1), want, problem)
+    assert_same_bits(outputs(_core, problem, votes=1), want, f"{isa}, {problem}")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_saturated_products(isa: str, rule: str) -> None:
+    """All codes at the ends of their range: the largest sums that int8 x int8 can make."""
+    m, n, k = 70, 66, 300
+    problem = random_problem(6, m, n, k, rule=rule)
+    for low, high in ((127, 127), (-127, 127), (-127, -127)):
+        signs = np.where(np.arange(m)[:, None] % 2, low, high).astype(F32)
+        problem.x = np.broadcast_to(signs, (m, k)).copy()
+        problem.dy = np.broadcast_to(signs * F32(1e-3), (m, n)).copy()
+        for code in (-1, 1):
+            problem.packed = shapes.pack(np.full((n, k), code, np.int8))
+            want = outputs(Oracle, problem)
+            assert_same_bits(outputs(_core.reference, problem), want, problem)
+            assert_same_bits(outputs(_core, problem), want, f"{isa}, {problem}")
+
+
+@pytest.mark.parametrize("threads", THREADS)
+@pytest.mark.parametrize("name", ISAS)
+def test_signature(name: str, threads: int) -> None:
+    """200 steps of a fixed tiny model end in the same bits on every machine."""
+    _core.force_isa(name)
+    _core.set_num_threads(threads)
+    assert onebit_ext.signature() == json.loads(GOLDEN.read_text())["signature"]

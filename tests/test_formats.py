@@ -1,0 +1,121 @@
+"""Packings: bytes against NumPy, round trips, every byte value, reserved codes and dirty padding refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import Array
+
+from onebit_ext import _core
+
+SHAPES = [
+    (0, 0), (0, 5), (5, 0), (1, 1), (3, 7), (4, 16), (16, 4), (63, 17), (64, 16), (65, 15),
+    (128, 64), (130, 191), (20, 1023), (8, 1024), (12, 1025), (4, 2049),
+]  # fmt: skip
+
+
+def random_codes(n: int, k: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).integers(-1, 2, (n, k), np.int8)
+
+
+def representable(format: str, n: int) -> bool:
+    return format != "rows4" or n % 4 == 0
+
+
+def test_names() -> None:
+    assert _core.FORMATS == ("tile16", "seq2", "rows4")
+
+
+@pytest.mark.parametrize("format", _core.FORMATS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pack_and_unpack(format: str, shape: tuple[int, int]) -> None:
+    if not representable(format, shape[0]):
+        with pytest.raises(ValueError, match=r"pack\(\)"):
+            _core.pack(random_codes(*shape), format)
+        return
+    codes = random_codes(*shape)
+    packed = _core.pack(codes, format)
+    want = oracle.pack(codes, format)
+    assert packed.shape == want.shape and (packed == want).all()
+    assert packed.ctypes.data % 64 == 0
+    _core.validate(packed, shape, format)
+    assert (_core.unpack(packed, shape, format) == codes).all()
+
+
+@pytest.mark.parametrize("source", _core.FORMATS)
+@pytest.mark.parametrize("target", _core.FORMATS)
+def test_convert(source: str, target: str) -> None:
+    for n, k in SHAPES:
+        if representable(source, n) and representable(target, n):
+            codes = random_codes(n, k, seed=n + k)
+            got = _core.convert(oracle.pack(codes, source), (n, k), source, target)
+            assert (got == oracle.pack(codes, target)).all()
+
+
+@given(n=st.integers(0, 40), k=st.integers(0, 300), seed=st.integers(0, 2**32))
+def test_round_trip_through_all(n: int, k: int, seed: int) -> None:
+    codes = random_codes(4 * n, k, seed)
+    packed = _core.pack(codes)
+    for source, target in (("tile16", "rows4"), ("rows4", "seq2"), ("seq2", "tile16")):
+        packed = _core.convert(packed, codes.shape, source, target)
+    assert (packed == oracle.pack(codes)).all()
+
+
+@pytest.mark.parametrize("format", _core.FORMATS)
+def test_every_byte(format: str) -> None:
+    """Each of the 256 bytes either reads back as its four codes or is refused."""
+    shape = (64, 16)
+    clean = oracle.pack(np.zeros(shape, np.int8), format)
+    for byte in range(256):
+        packed = clean.copy()
+        packed.reshape(-1)[37] = byte
+        if any(byte >> 2 * p & 3 == 3 for p in range(4)):
+            for refuse in (
+                lambda: _core.validate(packed, shape, format),  # noqa: B023
+                lambda: _core.unpack(packed, shape, format),  # noqa: B023
+                lambda: _core.convert(packed, shape, format, "seq2"),  # noqa: B023
+            ):
+                with pytest.raises(ValueError, match="reserved 2-bit code 3"):
+                    refuse()
+        else:
+            codes = _core.unpack(packed, shape, format)
+            assert (oracle.pack(codes, format) == packed).all()
+
+
+@pytest.mark.parametrize("format", _core.FORMATS)
+@pytest.mark.parametrize("shape", [(64, 16), (68, 19), (4, 1025)])
+def test_reserved_code_anywhere(format: str, shape: tuple[int, int]) -> None:
+    """Code 3 is found at every weight and in every padding position."""
+    clean = oracle.pack(random_codes(*shape), format).reshape(-1)
+    full = oracle.pack(random_codes(*shape), format).shape
+    for i in np.random.default_rng(1).permutation(4 * clean.size)[:600]:
+        packed = clean.copy()
+        packed[i // 4] |= 3 << 2 * (i % 4)
+        with pytest.raises(ValueError, match=r"validate\(\)"):
+            _core.validate(packed.reshape(full), shape, format)
+
+
+@pytest.mark.parametrize("format", ["tile16", "seq2"])
+def test_dirty_padding(format: str) -> None:
+    shape = (63, 15)  # tile16 pads rows and columns, seq2 columns
+    grid = (64, 16) if format == "tile16" else (63, 16)
+    codes = np.zeros(grid, np.int8)
+    codes[:63, :15] = random_codes(*shape)
+    for n, k in [(0, 15), (62, 15), (63, 0)][: 3 if format == "tile16" else 2]:
+        for dirt in (-1, 1):
+            dirty = codes.copy()
+            dirty[n, k] = dirt
+            with pytest.raises(ValueError, match="padding"):
+                _core.validate(oracle.pack(dirty, format), shape, format)
+
+
+@pytest.mark.parametrize("format", _core.FORMATS)
+@pytest.mark.parametrize("bad", [-128, -2, 2, 3, 127])
+def test_codes_outside_the_domain(format: str, bad: int) -> None:
+    codes = random_codes(8, 70)
+    codes[7, 69] = bad
+    with pytest.raises(ValueError, match="'codes' must hold -1, 0 and 1 only"):
+        _core.pack(codes, format)
