@@ -144,10 +144,9 @@ class Stages:
 
     def hybrid_arm(self, label: str) -> Run:
         """To compare with: a float32 shadow, quantised every step, and AdamW (BitNet b1.58)."""
-        model = ByteTransformer()
-        model.load_state_dict(dense_state(self.new_model(self.pretrained)))
+        model = self.new_model(self.pretrained)  # the shadow starts where absmean gives the same codes
         freeze(model.float_parameters())
-        model, optimizer = prepare(model, method="shadow", lr=HYBRID_LR, skip=("lm_head",))
+        _, optimizer = prepare(model, method="shadow", lr=HYBRID_LR, skip=("lm_head",))
         clip = [p for p in model.parameters() if p.requires_grad]
         return self.fit(label, model, optimizer, self.plan(self.target.train, clip))
 
@@ -158,16 +157,6 @@ class Stages:
 def freeze(parameters: list[nn.Parameter]) -> None:
     for parameter in parameters:
         parameter.requires_grad_(False)
-
-
-def dense_state(model: ByteTransformer) -> State:
-    """Float weights that absmean quantises back to the same codes and scales: s T / mean|T|."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if "blocks" not in name or "norm" in name}
-    names = {id(module): name for name, module in model.named_modules()}
-    for layer in model.linears():
-        ternary = layer.codes().float()
-        state[f"{names[id(layer)]}.weight"] = ternary * (layer.scale.detach() / ternary.abs().mean())
-    return state
 
 
 def save(state: State, path: Path) -> None:

@@ -1,0 +1,228 @@
+"""AutoFlip: codes that flip under whatever torch optimizer the user's script makes."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from . import ops
+from .nn import BitLinear, plane_list
+from .optim import DEFAULT_CAP, FlipOptimizer
+from .planes import CONTROL, check, choose_rule, field, new_planes, specs
+
+PREFIX = "onebit_"
+FOREIGN_LIMIT = 64  # steps of other optimizers while our gradients wait
+
+
+class AutoFlip:
+    """Global optimizer hooks that flip the codes of `model` after each step of the optimizer that owns its scales.
+
+    The planes are made after that optimizer's first step and live in its `state`, under the scale, so they are saved and
+    restored with it.  eta = flip_lr * lr / initial_lr (lr / initial_lr is the schedule).  The scale is stepped by our Adam
+    with scale_lr on the same schedule, in place of the optimizer's own update.  `remove()` ends it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        flip_lr: float = 0.03,
+        scale_lr: float = 1e-4,
+        recipe: str = "finetune",
+        residual_bits: int | None = None,
+        momentum_bits: int | None = None,
+        flip_rate_cap: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.95),
+        seed: int = 0,
+    ) -> None:
+        rule = choose_rule(recipe, residual_bits, momentum_bits)
+        if rule is None:
+            raise ValueError("AutoFlip: recipe 'frozen' flips nothing")
+        self.flip_lr, self.scale_lr, self.rule = flip_lr, scale_lr, rule
+        cap = DEFAULT_CAP if flip_rate_cap is None else flip_rate_cap
+        self._options: dict[str, Any] = {"seed": seed, "cap": cap, "betas": betas}
+        found = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, BitLinear)]
+        self._layers = [(name, weakref.ref(layer)) for name, layer in found]
+        self._before: list[tuple[BitLinear, Tensor]] = []
+        self._foreign = 0
+        self.flip_rate = 0.0
+        self._handles = [
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(self._after_step),
+            _LoadHook(self),
+        ]
+        for _, layer in found:
+            layer.__dict__["_auto"] = weakref.ref(self)
+
+    @staticmethod
+    def of(model: nn.Module) -> AutoFlip | None:
+        """The handle that flips this model, if any."""
+        for layer in model.modules():
+            reference = layer.__dict__.get("_auto")
+            if isinstance(layer, BitLinear) and reference is not None:
+                handle: AutoFlip | None = reference()
+                return handle
+        return None
+
+    def remove(self) -> None:
+        """Unhook; the layers keep their codes and stop voting."""
+        for handle in self._handles:
+            handle.remove()
+        for _, reference in self._layers:
+            layer = reference()
+            if layer is not None:
+                layer._planes = layer._sync = None
+                layer.__dict__.pop("_auto", None)
+
+    # ------------------------------------------------------------------ who owns what
+    def _owned(self, optimizer: torch.optim.Optimizer) -> list[tuple[int, str, BitLinear, dict[str, Any]]]:
+        """Index, name, layer and param group of every layer of ours whose scale is in the optimizer."""
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        live = [(i, name, reference()) for i, (name, reference) in enumerate(self._layers)]
+        if all(layer is None for _, _, layer in live):
+            self.remove()
+        return [
+            (i, name, layer, groups[id(layer.scale)])
+            for i, name, layer in live
+            if layer is not None and id(layer.scale) in groups
+        ]
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        owned = [] if isinstance(optimizer, FlipOptimizer) else self._owned(optimizer)
+        bad = [name for _, name, layer, _ in owned if _nonfinite(layer) and not _skipped(optimizer)]
+        if bad:
+            raise FloatingPointError(f"AutoFlip: non-finite gradient in {', '.join(map(repr, bad))}; nothing was changed")
+        self._before = [(layer, layer.scale.detach().clone()) for _, _, layer, _ in owned]
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        owned = self._owned(optimizer)
+        if not owned:
+            self._count_foreign()
+            return
+        self._foreign = 0
+        if isinstance(optimizer, FlipOptimizer):
+            return
+        for layer, before in self._before:
+            layer.scale.copy_(before)
+        moved = total = 0.0
+        for index, _, layer, group in owned:
+            state = optimizer.state[layer.scale]
+            if PREFIX + "control" not in state:
+                planes = new_planes(layer, self.rule, layer=index, **self._options)
+                planes |= {name: torch.zeros_like(layer.scale) for name in ("exp_avg", "exp_avg_sq")}
+                self._link(optimizer, index, layer, planes)
+            if not _skipped(optimizer):
+                self._step(layer, self._ratio(group))
+            moved += field(ops.array(layer._planes["control"]), "moved")  # type: ignore[index]
+            total += layer.in_features * layer.out_features
+        self.flip_rate = moved / max(total, 1)
+
+    def _count_foreign(self) -> None:
+        layers = [layer for _, reference in self._layers if (layer := reference()) is not None]
+        waiting = any(layer.scale.grad is not None for layer in layers)
+        self._foreign = self._foreign + 1 if waiting else 0
+        if self._foreign >= FOREIGN_LIMIT:
+            raise RuntimeError(
+                f"AutoFlip: {FOREIGN_LIMIT} optimizer steps, none of an optimizer that owns the scales of the ternary "
+                "layers, so no code flips; make the optimizer after replace_linear, or call remove()"
+            )
+
+    # ------------------------------------------------------------------ one layer
+    @staticmethod
+    def _ratio(group: dict[str, Any]) -> float:
+        initial = float(group.get("initial_lr", group["lr"]))
+        return float(group["lr"]) / initial if initial else 0.0
+
+    def _link(self, optimizer: torch.optim.Optimizer, index: int, layer: BitLinear, planes: dict[str, Tensor]) -> None:
+        """Into the optimizer's state, control as bytes: torch casts what it loads to the scale's float32."""
+        for name, value in planes.items():
+            optimizer.state[layer.scale][PREFIX + name] = value.view(torch.uint8) if name == "control" else value
+        layer._planes = planes
+        owner, handle, scale_id = weakref.ref(optimizer), weakref.ref(self), id(layer.scale)
+        control = ops.array(planes["control"])
+
+        def sync() -> None:
+            live, auto = owner(), handle()
+            if live is None or auto is None:
+                return
+            for group in live.param_groups:
+                if any(id(parameter) == scale_id for parameter in group["params"]):
+                    control[CONTROL["eta"]] = auto.flip_lr * auto._ratio(group)
+
+        layer._sync = sync
+        sync()
+
+    def _step(self, layer: BitLinear, ratio: float) -> None:
+        planes = layer._planes
+        assert planes is not None
+        control = planes["control"]
+        ops.array(control)[CONTROL["eta"]] = self.flip_lr * ratio
+        if layer.scale.grad is not None:
+            moments = planes["exp_avg"], planes["exp_avg_sq"]
+            ops.scale_step(layer.scale, layer.scale.grad, *moments, control, self.scale_lr * ratio)
+        if field(ops.array(control), "nonfinite") > 0:  # of a step that a scaler skipped
+            ops.discard(control, plane_list(planes))
+        else:
+            ops.flip(layer.weight, control, plane_list(planes))
+
+    def _restore(self, optimizer: torch.optim.Optimizer) -> None:
+        """After load_state_dict: back from float32, layer by layer, and on with the votes."""
+        for index, name, layer, _ in self._owned(optimizer):
+            state = optimizer.state.get(layer.scale, {})
+            saved = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
+            if not saved:
+                continue
+            kinds = specs(layer)
+            planes = {}
+            for key, value in saved.items():
+                if key == "control":
+                    planes[key] = value.to(torch.uint8, copy=True).view(torch.float64)
+                else:
+                    planes[key] = value.to(kinds[key][1] if key in kinds else torch.float32, copy=True)
+                if not key.startswith("exp_avg"):
+                    check(layer, key, planes[key], f"AutoFlip: state of {name!r}")
+            self._link(optimizer, index, layer, planes)
+
+
+class _LoadHook:
+    """torch has global hooks for step() but none for load_state_dict: wrap it while an AutoFlip lives."""
+
+    _active: list[AutoFlip] = []
+    _original: Any = None
+
+    def __init__(self, auto: AutoFlip) -> None:
+        self._auto = auto
+        if not self._active:
+            type(self)._original = original = torch.optim.Optimizer.load_state_dict
+
+            @functools.wraps(original)
+            def load_state_dict(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+                original(optimizer, state_dict)
+                for active in list(_LoadHook._active):
+                    active._restore(optimizer)
+
+            torch.optim.Optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
+        self._active.append(auto)
+
+    def remove(self) -> None:
+        if self._auto in self._active:
+            self._active.remove(self._auto)
+            if not self._active:
+                torch.optim.Optimizer.load_state_dict = self._original  # type: ignore[method-assign]
+
+
+def _nonfinite(layer: BitLinear) -> bool:
+    if layer._planes is None or field(ops.array(layer._planes["control"]), "nonfinite") == 0:
+        return False
+    return layer.scale.grad is not None and not bool(torch.isfinite(layer.scale.grad).all())
+
+
+def _skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """A fused optimizer is stepped by GradScaler even where it must do nothing."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and float(found_inf) > 0

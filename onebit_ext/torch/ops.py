@@ -1,0 +1,285 @@
+"""The `onebit::` operator library: schemas, CPU kernels, fakes and autograd.
+
+M tokens, N outputs, K inputs; `weight` is the tile16 plane of the codes, `scale` float32 (1,) or (N,).  `control` is a
+float64 tensor of `CONTROL` fields (see csrc/onebit.h), `planes` a list in the order of `PLANES`, empty where nothing votes.
+A forward op has no side effect; what the backward writes (planes, control) it writes through ops that say so.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onebit_ext import _core
+
+CONTROL = _core.CONTROL
+PLANES = ("residual", "row_factor", "col_factor", "row_sum", "col_sum", "sketch", "momentum", "momentum_scale")
+MICRO_LIMIT = 16384  # micro-batches without a step(): 1024 accumulated batches of a layer used 16 times
+
+_suspended = 0
+
+
+@contextlib.contextmanager
+def no_votes() -> Iterator[None]:
+    """Forwards and backwards inside this context cast no votes (saliency, `torch.autograd.grad`); process-wide."""
+    global _suspended
+    _suspended += 1
+    try:
+        yield
+    finally:
+        _suspended -= 1
+
+
+def votes_suspended() -> bool:
+    """True inside `no_votes()`."""
+    return _suspended > 0
+
+
+def array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """Zero-copy NumPy view of a CPU tensor; bfloat16 as its raw uint16 bits."""
+    tensor = tensor.detach()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _plane_arrays(control: Tensor, planes: Sequence[Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+    arrays = {name: array(plane) for name, plane in zip(PLANES, planes, strict=False)}
+    return arrays | {"control": array(control)}
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(..., C) -> (M, C), also where M or C is 0."""
+    return tensor.contiguous().reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def _padded(in_features: int) -> int:
+    return (in_features + 15) // 16 * 16
+
+
+@torch.library.custom_op("onebit::linear", mutates_args=(), device_types="cpu")
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    keep: bool,
+    control: Tensor,
+    planes: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (..., K) float32|bfloat16 -> y (..., N) of x's dtype, xq (M, padded K) int8, sx (M,) float32.
+
+    xq and sx are empty unless `keep`.  `control` and `planes` are not read: they are what the backward votes into.
+    """
+    rows = _rows(x)
+    y, xq, sx = _linear_outputs(x, out_features, keep)
+    offset = None if bias is None else array(bias.float())
+    kept = (array(xq), array(sx)) if keep else (None, None)
+    _core.linear_forward(
+        array(rows),
+        array(weight),
+        array(scale),
+        out_features,
+        offset,
+        out=array(y.view(rows.shape[0], out_features)),
+        xq=kept[0],
+        sx=kept[1],
+    )
+    return y, xq, sx
+
+
+def _linear_outputs(x: Tensor, out_features: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    m = math.prod(x.shape[:-1]) if keep else 0
+    y = x.new_empty((*x.shape[:-1], out_features))
+    xq = x.new_empty((m, _padded(x.shape[-1])), dtype=torch.int8)
+    return y, xq, x.new_empty((m,), dtype=torch.float32)
+
+
+@linear.register_fake
+def _(x, weight, scale, bias, out_features, keep, control, planes):  # type: ignore[no-untyped-def]
+    return _linear_outputs(x, out_features, keep)
+
+
+@torch.library.custom_op("onebit::linear_backward_input", mutates_args=(), device_types="cpu")
+def linear_backward_input(dy: Tensor, weight: Tensor, scale: Tensor, control: Tensor, in_features: int) -> Tensor:
+    """dy (..., N) -> dx (..., K), stochastically rounded at control's position; a non-finite token gives NaN."""
+    rows = _rows(dy)
+    dx = dy.new_empty((*dy.shape[:-1], in_features))
+    out = array(dx.view(rows.shape[0], in_features))
+    _core.linear_backward_input(array(rows), array(weight), array(scale), in_features, array(control), out=out)
+    return dx
+
+
+@linear_backward_input.register_fake
+def _(dy, weight, scale, control, in_features):  # type: ignore[no-untyped-def]
+    return dy.new_empty((*dy.shape[:-1], in_features))
+
+
+@torch.library.custom_op("onebit::vote", mutates_args=("control", "planes"), device_types="cpu")
+def vote(
+    dy: Tensor,
+    xq: Tensor,
+    sx: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    in_features: int,
+    control: Tensor,
+    planes: Sequence[Tensor],
+    want_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """The weight side of the backward: votes into `planes`; returns ds like scale, and db (N,) float32 (or empty).
+
+    Without planes it gives ds and db alone, and moves control's random position on.
+    """
+    rows = _rows(dy)
+    ds = torch.zeros_like(scale)
+    db = dy.new_zeros((dy.shape[-1] if want_bias else 0,), dtype=torch.float32)
+    state = array(control)
+    if planes and state[CONTROL["micro"]] >= MICRO_LIMIT:
+        raise RuntimeError(
+            f"onebit::vote: {MICRO_LIMIT} micro-batches voted and no optimizer step used them; does the optimizer that "
+            "steps own this layer's scale?"
+        )
+    voting = bool(planes) and not votes_suspended()
+    _core.vote(
+        array(rows),
+        array(xq),
+        array(sx),
+        array(weight),
+        array(scale),
+        in_features,
+        _plane_arrays(control, planes) if voting else None,
+        control=None if voting else state,
+        ds=array(ds),
+        db=array(db) if want_bias else None,
+    )
+    if not planes:
+        state[CONTROL["micro"]] += 1
+    return ds, db
+
+
+@vote.register_fake
+def _(dy, xq, sx, weight, scale, in_features, control, planes, want_bias):  # type: ignore[no-untyped-def]
+    return torch.empty_like(scale), dy.new_empty((dy.shape[-1] if want_bias else 0,), dtype=torch.float32)
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, scale, bias, _, _, control, planes = inputs
+    _, xq, sx = output
+    ctx.mark_non_differentiable(xq, sx)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(weight, scale, xq, sx)
+    # The backward writes these two: saved the usual way, autograd would refuse the second backward of a step.
+    ctx.control, ctx.planes = control, planes
+    ctx.in_features = x.shape[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _refuse_double_backward() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError("onebit: double backward (create_graph=True) is not defined: votes and rounding have no gradient")
+
+
+def _linear_backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    none = [None] * len(ctx.planes)
+    if dy is None:
+        return (None, None, None, None, None, None, None, none)
+    _refuse_double_backward()
+    weight, scale, xq, sx = ctx.saved_tensors
+    need_x, _, need_scale, need_bias = ctx.needs_input_grad[:4]
+    dx = ds = db = None
+    if need_x:  # before the votes: they move control's random position on
+        dx = linear_backward_input(dy, weight, scale, ctx.control, ctx.in_features)
+    if need_scale:
+        ds, db = vote(dy, xq, sx, weight, scale, ctx.in_features, ctx.control, ctx.planes, need_bias)
+    else:
+        ctx.control.narrow(0, CONTROL["micro"], 1).add_(1.0)
+        db = _rows(dy).sum(0, dtype=torch.float32) if need_bias else None
+    db = db.to(ctx.bias_dtype) if need_bias else None
+    return dx, None, ds, db, None, None, None, none
+
+
+linear.register_autograd(_linear_backward, setup_context=_linear_setup)
+
+
+@torch.library.custom_op("onebit::flip", mutates_args=("weight", "control", "planes"), device_types="cpu")
+def flip(weight: Tensor, control: Tensor, planes: Sequence[Tensor]) -> None:
+    """One step of a layer's codes, in place; control's MOVED says how many changed.  Nothing if no micro-batch voted."""
+    _core.flip(array(weight), _plane_arrays(control, planes))
+
+
+@torch.library.custom_op("onebit::discard", mutates_args=("control", "planes"), device_types="cpu")
+def discard(control: Tensor, planes: Sequence[Tensor]) -> None:
+    """Forget this step's sums; the votes stay in the residual and no code moves."""
+    _core.discard(_plane_arrays(control, planes))
+
+
+@torch.library.custom_op(
+    "onebit::scale_step", mutates_args=("scale", "exp_avg", "exp_avg_sq", "control"), device_types="cpu"
+)
+def scale_step(scale: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, control: Tensor, lr: float) -> None:
+    """Adam on a layer's scale, with lr relative to control's SCALE_INIT; afterwards s = 1/(1/s) exactly."""
+    grad = grad.contiguous()
+    _core.scale_step(array(scale), array(grad), array(exp_avg), array(exp_avg_sq), array(control), lr)
+
+
+for _op in (flip, discard, scale_step):
+    _op.register_fake(lambda *arguments: None)
+
+
+@torch.library.custom_op("onebit::shadow_linear", mutates_args=(), device_types="cpu")
+def shadow_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, control: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The hybrid baseline: absmean codes of a float weight (N, K) at every forward, then the ternary product.
+
+    Returns y (..., N), the codes (tile16), their scale (1,), xq (M, padded K) int8 and sx (M,) float32.
+    """
+    packed, scale = _core.absmean(array(weight.contiguous()))
+    y, xq, sx = _linear_outputs(x, weight.shape[0], True)
+    rows = _rows(x)
+    offset = None if bias is None else array(bias.float())
+    out = array(y.view(rows.shape[0], weight.shape[0]))
+    _core.linear_forward(array(rows), packed, scale, weight.shape[0], offset, out=out, xq=array(xq), sx=array(sx))
+    return y, torch.from_numpy(packed), torch.from_numpy(scale), xq, sx
+
+
+@shadow_linear.register_fake
+def _(x, weight, bias, control):  # type: ignore[no-untyped-def]
+    n, k = weight.shape
+    packed = weight.new_empty(((n + 63) // 64, (k + 15) // 16, 4, 16, 4), dtype=torch.uint8)
+    y, xq, sx = _linear_outputs(x, n, True)
+    return y, packed, weight.new_empty((1,), dtype=torch.float32), xq, sx
+
+
+def _shadow_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, weight, bias, control = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+    ctx.control, ctx.in_features, ctx.dtype = control, weight.shape[1], weight.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _shadow_backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if dy is None:
+        return None, None, None, None
+    _refuse_double_backward()
+    packed, scale, xq, sx = ctx.saved_tensors
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    dx = dw = db = None
+    rows = _rows(dy)
+    if need_x:
+        dx = linear_backward_input(dy, packed, scale, ctx.control, ctx.in_features)
+    if need_weight:
+        dw = ((rows.float() * sx[:, None]).t() @ xq[:, : ctx.in_features].float()).to(ctx.dtype)
+    if need_bias:
+        db = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    ctx.control.narrow(0, CONTROL["micro"], 1).add_(1.0)
+    return dx, dw, db, None
+
+
+shadow_linear.register_autograd(_shadow_backward, setup_context=_shadow_setup)
