@@ -28,8 +28,9 @@ const char *ob_status_text(ob_status status); /* one static English phrase */
 /* ------------------------------------------------------------------ kinds */
 typedef enum ob_dtype { OB_F32 = 0, OB_BF16 = 1 } ob_dtype; /* bf16 = upper half of a float32 */
 
-#define OB_MAX_K 16909320u       /* K * 127 fits int32 */
-#define OB_TOKENS_PER_VOTE 65536u /* M * 127 * 127 fits int32; longer batches are cut into micro-batches of this */
+#define OB_MAX_K 16909320u /* K * 127 fits int32 */
+#define OB_TOKENS_PER_VOTE \
+    65536u /* M * 127 * 127 fits int32; longer batches are cut into micro-batches of this */
 
 /* Flip rules: one name per line of flip_rules/rules.def. */
 typedef enum ob_rule {
@@ -47,9 +48,9 @@ int ob_rule_momentum_bits(ob_rule rule); /* 0: no momentum plane */
  * What a layer's flip rule reads and remembers besides its planes: float64[OB_CONTROL_LEN], integers exact below 2^53.
  * An array, so that it can live in an optimizer's state and reach compiled graphs as a tensor. */
 enum ob_control {
-    OB_CTL_SEED = 0,      /* run seed, integer in [0, 2^53) */
-    OB_CTL_LAYER,         /* layer id, differs between layers of equal shape */
-    OB_CTL_STEP,          /* steps this layer took part in; 0: factors not measured yet, no votes are cast */
+    OB_CTL_SEED = 0, /* run seed, integer in [0, 2^53) */
+    OB_CTL_LAYER,    /* layer id, differs between layers of equal shape */
+    OB_CTL_STEP, /* steps this layer took part in; 0: factors not measured yet, no votes are cast */
     OB_CTL_MICRO,         /* micro-batches seen since the last step */
     OB_CTL_NONFINITE,     /* calls that met a non-finite gradient since the last step */
     OB_CTL_ETA,           /* learning rate now, in cells per step */
@@ -62,10 +63,10 @@ enum ob_control {
     OB_CTL_GRAD_SCALE,    /* loss scale contained in dy (1 without a GradScaler) */
     OB_CTL_SKETCH_ENERGY, /* sum over micro-batches of |z|^2 */
     OB_CTL_MOVED,         /* codes moved by the last step */
-    OB_CTL_SCALE_INIT,    /* mean scale when the optimizer was attached: the scale's lr is relative to it */
-    OB_CTL_BETA1_POWER,   /* beta1^t of the scale's Adam, running product, starts at 1 */
-    OB_CTL_BETA2_POWER,   /* beta2^t likewise */
-    OB_CTL_RESERVED0, /* keep 0 */
+    OB_CTL_SCALE_INIT, /* mean scale when the optimizer was attached: the scale's lr is relative to it */
+    OB_CTL_BETA1_POWER, /* beta1^t of the scale's Adam, running product, starts at 1 */
+    OB_CTL_BETA2_POWER, /* beta2^t likewise */
+    OB_CTL_RESERVED0,   /* keep 0 */
     OB_CTL_RESERVED1,
     OB_CONTROL_LEN
 };
@@ -100,13 +101,14 @@ size_t ob_padded_k(size_t k);
  * Per token absmax: a = max(|x|_inf, 1e-5), xq = clamp(rint(x * (127/a)), +-127), sx = a/127.
  * xq (M, ob_padded_k(K)) and sx (M,) are written for the backward; pass NULL for both to keep nothing.
  * A token with a non-finite entry: xq = 0, sx = NaN, y = NaN. */
-ob_status ob_linear_forward(const ob_weights *w, size_t m, ob_dtype dt, const void *x, void *y, int8_t *xq, float *sx);
+ob_status ob_linear_forward(const ob_weights *w, size_t m, ob_dtype dt, const void *x, void *y,
+                            int8_t *xq, float *sx);
 
 /* dx (M,K) = (dyq . T) * d;  g = dy * s_n per token, d = |g|_inf / 127, dyq = SR(g * (127/|g|_inf)), stream dX at
  * control's (seed, layer, step, micro).  |g|_inf < 2^-100: zeros.  A non-finite token: NaN, counted in *nonfinite.
  * control is read only. */
-ob_status ob_linear_backward_input(const ob_weights *w, size_t m, ob_dtype dt, const void *dy, void *dx,
-                                   const double *control, size_t *nonfinite);
+ob_status ob_linear_backward_input(const ob_weights *w, size_t m, ob_dtype dt, const void *dy,
+                                   void *dx, const double *control, size_t *nonfinite);
 
 /* The weight side of the backward: hq = SR(dy * sx) per output column over the tokens, acc = hq^T . xq in registers,
  * never stored; from each tile the votes (planes->residual or ->momentum), row_sum, col_sum, sketch, and
@@ -115,8 +117,9 @@ ob_status ob_linear_backward_input(const ob_weights *w, size_t m, ob_dtype dt, c
  * used, and MICRO grows by ceil(M / OB_TOKENS_PER_VOTE).  If STEP is 0 the layer only measures.
  * A non-finite dy * sx anywhere in the call: *nonfinite = 1, ds and db (if wanted) become NaN, nothing else changes
  * except control's NONFINITE and MICRO. */
-ob_status ob_vote(const ob_weights *w, size_t m, ob_dtype dt, const void *dy, const int8_t *xq, const float *sx,
-                  ob_planes *planes, const double *control, float *ds, float *db, size_t *nonfinite);
+ob_status ob_vote(const ob_weights *w, size_t m, ob_dtype dt, const void *dy, const int8_t *xq,
+                  const float *sx, ob_planes *planes, const double *control, float *ds, float *db,
+                  size_t *nonfinite);
 
 /* One optimizer step of a layer's codes: momentum into the residual (if the rule has one), residual into the codes,
  * factors from the sums, guard, counters; sums are cleared.  MICRO = 0 (layer unused): nothing changes.
@@ -128,12 +131,16 @@ void ob_discard(size_t n, size_t k, ob_planes *planes);
 
 /* Adam on the scale (length len): lr is relative to control's SCALE_INIT; s >= 1e-8; then s = 1/(1/s) in float32, so
  * that the stored inverse is exact both ways.  grad is divided by GRAD_SCALE. */
-ob_status ob_scale_step(size_t len, float *scale, const float *grad, float *exp_avg, float *exp_avg_sq, double lr,
-                        double *control);
+ob_status ob_scale_step(size_t len, float *scale, const float *grad, float *exp_avg,
+                        float *exp_avg_sq, double lr, double *control);
 
 /* absmean: s = max(mean |w|, 1e-5), T = clamp(rint(w / s), +-1), half to even (BitNet b1.58, arXiv 2402.17764).
  * w (N,K) of type dt -> packed tile16 and *scale.  A non-finite w: OB_INVALID. */
 ob_status ob_absmean(size_t n, size_t k, ob_dtype dt, const void *w, uint8_t *packed, float *scale);
+
+/* Starting codes: -1, 0, +1 with equal shares, stream INIT of the seed (layer, step, micro 0) at row n, column k:
+ * code = 3 * draw >> 32. */
+void ob_random_codes(size_t n, size_t k, uint64_t seed, uint8_t *packed);
 
 /* ------------------------------------------------------------------ formats (one name per line of formats/formats.def) */
 typedef enum ob_format_id {
@@ -144,34 +151,43 @@ typedef enum ob_format_id {
 } ob_format_id;
 
 const char *ob_format_name(ob_format_id id);
-ob_status ob_format_bytes(ob_format_id id, size_t n, size_t k, size_t *bytes); /* OB_INVALID: shape not representable */
-ob_status ob_pack(ob_format_id id, size_t n, size_t k, const int8_t *codes, uint8_t *bytes);   /* codes in -1,0,1 */
-ob_status ob_unpack(ob_format_id id, size_t n, size_t k, const uint8_t *bytes, int8_t *codes); /* codes (N,K) int8 */
-ob_status ob_convert(ob_format_id from, ob_format_id to, size_t n, size_t k, const uint8_t *in, uint8_t *out);
-ob_status ob_validate(ob_format_id id, size_t n, size_t k, const uint8_t *bytes); /* reserved codes, padding */
+ob_status ob_format_bytes(ob_format_id id, size_t n, size_t k,
+                          size_t *bytes); /* OB_INVALID: shape not representable */
+ob_status ob_pack(ob_format_id id, size_t n, size_t k, const int8_t *codes,
+                  uint8_t *bytes); /* codes in -1,0,1 */
+ob_status ob_unpack(ob_format_id id, size_t n, size_t k, const uint8_t *bytes,
+                    int8_t *codes); /* codes (N,K) int8 */
+ob_status ob_convert(ob_format_id from, ob_format_id to, size_t n, size_t k, const uint8_t *in,
+                     uint8_t *out);
+ob_status ob_validate(ob_format_id id, size_t n, size_t k,
+                      const uint8_t *bytes); /* reserved codes, padding */
 
 /* ------------------------------------------------------------------ reference: naive twins, same contracts */
-ob_status ob_reference_linear_forward(const ob_weights *w, size_t m, ob_dtype dt, const void *x, void *y, int8_t *xq,
-                                      float *sx);
-ob_status ob_reference_linear_backward_input(const ob_weights *w, size_t m, ob_dtype dt, const void *dy, void *dx,
-                                             const double *control, size_t *nonfinite);
-ob_status ob_reference_vote(const ob_weights *w, size_t m, ob_dtype dt, const void *dy, const int8_t *xq,
-                            const float *sx, ob_planes *planes, const double *control, float *ds, float *db,
-                            size_t *nonfinite);
-ob_status ob_reference_flip(size_t n, size_t k, uint8_t *packed, ob_planes *planes, uint64_t *moved);
-ob_status ob_reference_absmean(size_t n, size_t k, ob_dtype dt, const void *w, uint8_t *packed, float *scale);
+ob_status ob_reference_linear_forward(const ob_weights *w, size_t m, ob_dtype dt, const void *x,
+                                      void *y, int8_t *xq, float *sx);
+ob_status ob_reference_linear_backward_input(const ob_weights *w, size_t m, ob_dtype dt,
+                                             const void *dy, void *dx, const double *control,
+                                             size_t *nonfinite);
+ob_status ob_reference_vote(const ob_weights *w, size_t m, ob_dtype dt, const void *dy,
+                            const int8_t *xq, const float *sx, ob_planes *planes,
+                            const double *control, float *ds, float *db, size_t *nonfinite);
+ob_status ob_reference_flip(size_t n, size_t k, uint8_t *packed, ob_planes *planes,
+                            uint64_t *moved);
+ob_status ob_reference_absmean(size_t n, size_t k, ob_dtype dt, const void *w, uint8_t *packed,
+                               float *scale);
 /* The dense dW (N,K) float64 that the votes of one micro-batch see: acc_nk * h_scale_n.  M <= OB_TOKENS_PER_VOTE.
  * The only N x K float in the project. */
-ob_status ob_reference_weight_gradient(const ob_weights *w, size_t m, ob_dtype dt, const void *dy, const int8_t *xq,
-                                       const float *sx, const double *control, double *dw);
+ob_status ob_reference_weight_gradient(const ob_weights *w, size_t m, ob_dtype dt, const void *dy,
+                                       const int8_t *xq, const float *sx, const double *control,
+                                       double *dw);
 
 /* ------------------------------------------------------------------ run time */
-size_t ob_isa_count(void);              /* instruction sets compiled in, worst first */
-const char *ob_isa_name(size_t i);      /* "scalar", "avx2", ... */
-int ob_isa_supported(size_t i);         /* can this machine run it */
-size_t ob_isa_active(void);             /* index in use; ONEBIT_ISA forces it at first use */
-ob_status ob_isa_force(size_t i);       /* for tests; OB_UNSUPPORTED if the machine lacks it */
-const char *ob_isa_error(void);         /* NULL, or why ONEBIT_ISA could not be honoured */
+size_t ob_isa_count(void);         /* instruction sets compiled in, worst first */
+const char *ob_isa_name(size_t i); /* "scalar", "avx2", ... */
+int ob_isa_supported(size_t i);    /* can this machine run it */
+size_t ob_isa_active(void);        /* index in use; ONEBIT_ISA forces it at first use */
+ob_status ob_isa_force(size_t i);  /* for tests; OB_UNSUPPORTED if the machine lacks it */
+const char *ob_isa_error(void);    /* NULL, or why ONEBIT_ISA could not be honoured */
 void ob_isa_tiles(size_t i, size_t *forward_rows, size_t *input_rows, size_t *weight_rows);
 
 size_t ob_num_threads(void);
@@ -180,10 +196,11 @@ ob_status ob_set_num_threads(size_t threads); /* 1..256; takes effect at the nex
 /* 64-byte aligned memory, the only malloc of the project.  Huge pages are advised for large blocks. */
 void *ob_alloc(size_t bytes); /* NULL: out of memory */
 void ob_free(void *block);
-void ob_alloc_fail_after(int64_t calls); /* tests: the calls-th ob_alloc from now fails; -1: never */
-size_t ob_alloc_live_bytes(void);        /* now */
-size_t ob_alloc_peak_bytes(void);        /* since the last reset */
-size_t ob_alloc_largest(void);           /* largest single block since the last reset */
+void
+ob_alloc_fail_after(int64_t calls); /* tests: the calls-th ob_alloc from now fails; -1: never */
+size_t ob_alloc_live_bytes(void);   /* now */
+size_t ob_alloc_peak_bytes(void);   /* since the last reset */
+size_t ob_alloc_largest(void);      /* largest single block since the last reset */
 void ob_alloc_reset_peak(void);
 
 #endif

@@ -1,7 +1,7 @@
 /* args.c - the one view maker, numbers, and the messages of both. */
 #include "binding.h"
 
-#include <math.h>
+#include <assert.h>
 #include <string.h>
 
 /* ------------------------------------------------------------------ messages */
@@ -103,7 +103,7 @@ static void
 refuse(const ob_call *call, PyObject *exception, const char *name, const ob_spec *spec,
        PyObject *got)
 {
-    char wanted[192];
+    char wanted[256];
     spec_text(spec, wanted, sizeof wanted);
     const char *kinds = kinds_text(spec->kinds);
     if (!PyArray_Check(got)) {
@@ -184,18 +184,33 @@ ob_take_array(ob_call *call, PyObject *object, const char *name, ob_spec spec)
     if (check_layout(call, array, name, spec.flags) < 0) {
         return NULL;
     }
-    if (call->count == OB_MAX_VIEWS) {
-        ob_fail(call, PyExc_RuntimeError, "more than %d arrays in one call", OB_MAX_VIEWS);
-        return NULL;
-    }
-    ob_view *view = &call->views[call->count++];
+    ob_hold_array(call, array, name, (spec.flags & OB_WRITE) != 0);
+    return &call->views[call->count - 1];
+}
+
+void
+ob_hold_array(ob_call *call, PyArrayObject *array, const char *name, int write)
+{
+    assert(call->count < OB_MAX_VIEWS); /* the longest call, vote(), holds 17 */
     Py_INCREF(array);
-    *view = (ob_view){.name = name,
-                      .array = array,
-                      .data = PyArray_DATA(array),
-                      .bytes = (size_t)PyArray_NBYTES(array),
-                      .write = (spec.flags & OB_WRITE) != 0};
-    return view;
+    call->views[call->count++] = (ob_view){.name = name,
+                                           .array = array,
+                                           .data = PyArray_DATA(array),
+                                           .bytes = (size_t)PyArray_NBYTES(array),
+                                           .write = write};
+}
+
+ob_spec
+ob_spec_like(PyArrayObject *like)
+{
+    ob_spec spec = {kind_of(PyArray_DESCR(like)), 0, PyArray_NDIM(like), {0}, NULL};
+    if (spec.kinds & OB_KIND_RAW_BF16) {
+        spec.kinds = OB_KIND_RAW_BF16;
+    }
+    for (int i = 0; i < spec.ndim; i++) {
+        spec.dims[i] = PyArray_DIM(like, i);
+    }
+    return spec;
 }
 
 int
@@ -303,6 +318,20 @@ PyArrayObject *
 ob_new_typed(int type, int ndim, const npy_intp *dims, int zeroed)
 {
     return ob_new_array(PyArray_DescrFromType(type), ndim, dims, zeroed);
+}
+
+PyArrayObject *
+ob_new_like(const ob_view *x, size_t columns)
+{
+    npy_intp dims[NPY_MAXDIMS];
+    int ndim = PyArray_NDIM(x->array);
+    for (int i = 0; i < ndim; i++) {
+        dims[i] = PyArray_DIM(x->array, i);
+    }
+    dims[ndim - 1] = (npy_intp)columns;
+    PyArray_Descr *descr = PyArray_DESCR(x->array);
+    Py_INCREF(descr);
+    return ob_new_array(descr, ndim, dims, 0);
 }
 
 PyObject *

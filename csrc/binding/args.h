@@ -24,7 +24,7 @@ enum { /* flags of a spec, a set */
     OB_OR_ONE = 8   /* one dimension: (n,) or (1,) */
 };
 
-#define OB_MAX_DIMS 5
+#define OB_MAX_DIMS 8
 #define OB_MAX_VIEWS 24
 #define OB_FREE (-1) /* a dimension of any length; shown by its letter in `letters` */
 
@@ -51,9 +51,14 @@ typedef struct ob_call { /* one call: its name for messages and the arrays it ho
 
 /* The view maker.  NULL with an exception set when `object` does not fit `spec`. */
 ob_view *ob_take_array(ob_call *call, PyObject *object, const char *name, ob_spec spec);
+/* An array of our own joins the call: held, and part of the overlap check. */
+void ob_hold_array(ob_call *call, PyArrayObject *array, const char *name, int write);
 /* Last check: no output overlaps any other array of the call.  -1 with BufferError. */
 int ob_check_overlap(const ob_call *call);
 void ob_release(ob_call *call); /* drop all references */
+
+/* What an array must be to be copied over `like` */
+ob_spec ob_spec_like(PyArrayObject *like);
 
 ob_dtype ob_view_dtype(const ob_view *view); /* of an OB_KIND_FLOAT view */
 size_t ob_view_rows(const ob_view *view);    /* product of all dimensions but the last */
@@ -79,6 +84,8 @@ int ob_fail_status(const ob_call *call, ob_status status); /* 0 if OB_OK, else -
  * with an exception set: passed on). */
 PyArrayObject *ob_new_array(PyArray_Descr *descr, int ndim, const npy_intp *dims, int zeroed);
 PyArrayObject *ob_new_typed(int type, int ndim, const npy_intp *dims, int zeroed);
+/* Of the dtype and shape of x with `columns` in place of its last dimension. */
+PyArrayObject *ob_new_like(const ob_view *x, size_t columns);
 /* A second array on the same memory, so that its holder's own array cannot be reshaped from Python. */
 PyObject *ob_alias(PyArrayObject *array);
 
@@ -87,9 +94,12 @@ PyObject *ob_alias(PyArrayObject *array);
 int ob_take_weights(ob_call *call, PyObject *packed, PyObject *scale, PyObject *bias, size_t n,
                     size_t k, ob_weights *out);
 uint8_t *ob_take_packed(ob_call *call, PyObject *packed, size_t n, size_t k, unsigned flags);
-double *ob_take_control(ob_call *call, PyObject *control, const char *name);
+double *ob_take_control(ob_call *call, PyObject *control, const char *name, unsigned flags);
 /* n, k: in/out; SIZE_MAX takes the length from the factors */
 int ob_take_planes(ob_call *call, PyObject *planes, size_t *n, size_t *k, ob_planes *out);
+
+/* All arrays of a dict made by ob_new_planes join the call as outputs. */
+void ob_hold_planes(ob_call *call, PyObject *planes);
 
 typedef struct ob_control_init {
     double seed, layer, eta, cap, clip, beta1, beta2, scale_init;
@@ -98,8 +108,11 @@ typedef struct ob_control_init {
 const char *ob_control_field(size_t index);
 PyArrayObject *ob_new_control(const ob_control_init *init);
 PyObject *ob_new_planes(size_t n, size_t k, ob_rule rule, const ob_control_init *init);
+/* The planes of a dict made by ob_new_planes, without checks; -1 with an exception. */
+int ob_view_planes(PyObject *planes, ob_rule rule, ob_planes *out);
 PyArrayObject *ob_new_packed(size_t n, size_t k);
 
+ob_rule ob_find_rule(int residual_bits, int momentum_bits); /* OB_RULE_COUNT: none has these widths */
 const char *ob_rule_text(size_t rule);
 const char *ob_format_text(size_t format);
 

@@ -103,9 +103,9 @@ ob_control_field(size_t index)
 }
 
 double *
-ob_take_control(ob_call *call, PyObject *control, const char *name)
+ob_take_control(ob_call *call, PyObject *control, const char *name, unsigned flags)
 {
-    ob_spec spec = {OB_KIND_F64, OB_WRITE, 1, {OB_CONTROL_LEN}, NULL};
+    ob_spec spec = {OB_KIND_F64, flags, 1, {OB_CONTROL_LEN}, NULL};
     ob_view *view = ob_take_array(call, control, name, spec);
     if (view == NULL) {
         return NULL;
@@ -181,9 +181,8 @@ plane_spec(int plane, npy_intp n, npy_intp k, int *type)
     }
 }
 
-/* The rule whose planes have these widths; OB_RULE_COUNT: none. */
-static ob_rule
-find_rule(int residual_bits, int momentum_bits)
+ob_rule
+ob_find_rule(int residual_bits, int momentum_bits)
 {
     for (int rule = 0; rule < OB_RULE_COUNT; rule++) {
         if (ob_rule_residual_bits((ob_rule)rule) == residual_bits &&
@@ -224,6 +223,48 @@ check_keys(const ob_call *call, PyObject *planes, int *has_momentum)
     return 0;
 }
 
+static ob_planes
+planes_of(void *const data[PLANES], ob_rule rule)
+{
+    return (ob_planes){rule,
+                       data[RESIDUAL],
+                       data[MOMENTUM],
+                       data[MOMENTUM_SCALE],
+                       data[ROW_FACTOR],
+                       data[COL_FACTOR],
+                       data[ROW_SUM],
+                       data[COL_SUM],
+                       data[SKETCH],
+                       data[CONTROL]};
+}
+
+int
+ob_view_planes(PyObject *planes, ob_rule rule, ob_planes *out)
+{
+    void *data[PLANES] = {NULL};
+    for (int i = 0; i < PLANES; i++) {
+        PyObject *key = PyUnicode_FromString(plane_names[i]);
+        PyObject *array = key != NULL ? PyDict_GetItemWithError(planes, key) : NULL;
+        Py_XDECREF(key);
+        data[i] = array != NULL ? PyArray_DATA((PyArrayObject *)array) : NULL;
+        if (array == NULL && PyErr_Occurred()) {
+            return -1;
+        }
+    }
+    *out = planes_of(data, rule);
+    return 0;
+}
+
+void
+ob_hold_planes(ob_call *call, PyObject *planes)
+{
+    PyObject *key = NULL, *array = NULL;
+    Py_ssize_t position = 0;
+    while (PyDict_Next(planes, &position, &key, &array)) {
+        ob_hold_array(call, (PyArrayObject *)array, PyUnicode_AsUTF8(key), 1);
+    }
+}
+
 int
 ob_take_planes(ob_call *call, PyObject *planes, size_t *n, size_t *k, ob_planes *out)
 {
@@ -247,7 +288,7 @@ ob_take_planes(ob_call *call, PyObject *planes, size_t *n, size_t *k, ob_planes 
             return ob_fail(call, PyExc_MemoryError, "'%s' could not be read", plane_names[i]);
         }
         if (i == CONTROL) {
-            data[i] = ob_take_control(call, item, plane_names[i]);
+            data[i] = ob_take_control(call, item, plane_names[i], OB_WRITE);
         }
         else {
             int type = 0;
@@ -271,9 +312,7 @@ ob_take_planes(ob_call *call, PyObject *planes, size_t *n, size_t *k, ob_planes 
     }
     *n = (size_t)rows;
     *k = (size_t)columns;
-    *out = (ob_planes){find_rule(8, has_momentum ? 4 : 0), data[RESIDUAL], data[MOMENTUM],
-                       data[MOMENTUM_SCALE], data[ROW_FACTOR], data[COL_FACTOR], data[ROW_SUM],
-                       data[COL_SUM], data[SKETCH], data[CONTROL]};
+    *out = planes_of(data, ob_find_rule(8, has_momentum ? 4 : 0));
     return 0;
 }
 

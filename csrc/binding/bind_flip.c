@@ -1,0 +1,204 @@
+/* bind_flip.c - planes, the step of the codes, the step of the scale. */
+#include "binding.h"
+
+PyObject *
+ob_py_flip(const char *name, ob_flip_op op, PyObject *args, PyObject *kw)
+{
+    static char *keys[] = {"packed", "planes", NULL};
+    PyObject *packed, *dict, *result = NULL;
+    ob_call call = {.function = name};
+    ob_planes planes;
+    size_t n = SIZE_MAX, k = SIZE_MAX;
+    uint64_t moved = 0;
+    uint8_t *codes;
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OO", keys, &packed, &dict)) {
+        return NULL;
+    }
+    if (ob_take_planes(&call, dict, &n, &k, &planes) < 0 ||
+        (codes = ob_take_packed(&call, packed, n, k, OB_WRITE)) == NULL ||
+        ob_check_overlap(&call) < 0) {
+        goto done;
+    }
+    ob_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = op(n, k, codes, &planes, &moved);
+    Py_END_ALLOW_THREADS
+    if (ob_fail_status(&call, status) == 0) {
+        result = PyLong_FromUnsignedLongLong(moved);
+    }
+done:
+    ob_release(&call);
+    return result;
+}
+
+static PyObject *
+flip(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
+{
+    return ob_py_flip("flip", ob_flip, args, kw);
+}
+
+static PyObject *
+discard(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
+{
+    static char *keys[] = {"planes", NULL};
+    PyObject *dict, *result = NULL;
+    ob_call call = {.function = "discard"};
+    ob_planes planes;
+    size_t n = SIZE_MAX, k = SIZE_MAX;
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "O", keys, &dict)) {
+        return NULL;
+    }
+    if (ob_take_planes(&call, dict, &n, &k, &planes) == 0 && ob_check_overlap(&call) == 0) {
+        ob_discard(n, k, &planes);
+        result = Py_NewRef(Py_None);
+    }
+    ob_release(&call);
+    return result;
+}
+
+static PyObject *
+scale_step(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
+{
+    static char *keys[] = {"scale", "grad", "exp_avg", "exp_avg_sq", "control", "lr", NULL};
+    static const char *const names[] = {"scale", "grad", "exp_avg", "exp_avg_sq"};
+    PyObject *objects[4], *control, *rate, *result = NULL;
+    ob_call call = {.function = "scale_step"};
+    ob_view *views[4];
+    double lr = 0.0, *state;
+    npy_intp length = OB_FREE;
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOOOO", keys, &objects[0], &objects[1],
+                                     &objects[2], &objects[3], &control, &rate) ||
+        ob_take_double(&call, rate, "lr", 0.0, 1e6, &lr) < 0) {
+        return NULL;
+    }
+    for (int i = 0; i < 4; i++) {
+        ob_spec spec = {OB_KIND_F32, i == 1 ? 0 : OB_WRITE, 1, {length}, "N"};
+        if ((views[i] = ob_take_array(&call, objects[i], names[i], spec)) == NULL) {
+            goto done;
+        }
+        length = PyArray_DIM(views[0]->array, 0);
+    }
+    if ((state = ob_take_control(&call, control, "control", OB_WRITE)) == NULL ||
+        ob_check_overlap(&call) < 0) {
+        goto done;
+    }
+    ob_status status;
+    Py_BEGIN_ALLOW_THREADS
+    status = ob_scale_step((size_t)length, views[0]->data, views[1]->data, views[2]->data,
+                           views[3]->data, lr, state);
+    Py_END_ALLOW_THREADS
+    if (ob_fail_status(&call, status) == 0) {
+        result = Py_NewRef(Py_None);
+    }
+done:
+    ob_release(&call);
+    return result;
+}
+
+/* ------------------------------------------------------------------ new state */
+typedef struct control_arguments {
+    PyObject *seed, *layer, *eta, *cap, *clip, *betas, *scale_init;
+} control_arguments;
+
+static int
+take_control_init(const ob_call *call, const control_arguments *given, ob_control_init *init)
+{
+    const size_t exact = ((size_t)1 << 53) - 1;
+    size_t seed = 0, layer = 0;
+    double betas[2] = {0.9, 0.95};
+    *init = (ob_control_init){0, 0, 0.03, 0.025, 3.0, 0, 0, 1.0};
+    if ((given->seed && ob_take_size(call, given->seed, "seed", 0, exact, &seed) < 0) ||
+        (given->layer && ob_take_size(call, given->layer, "layer", 0, exact, &layer) < 0) ||
+        (given->eta && ob_take_double(call, given->eta, "eta", 0, 1e6, &init->eta) < 0) ||
+        (given->cap && ob_take_double(call, given->cap, "cap", 0, 1, &init->cap) < 0) ||
+        (given->clip && ob_take_double(call, given->clip, "clip", 1e-6, 1e6, &init->clip) < 0) ||
+        (given->betas && ob_take_betas(call, given->betas, "betas", betas) < 0) ||
+        (given->scale_init && ob_take_double(call, given->scale_init, "scale_init", 0, 1e30,
+                                             &init->scale_init) < 0)) {
+        return -1;
+    }
+    init->seed = (double)seed;
+    init->layer = (double)layer;
+    init->beta1 = betas[0];
+    init->beta2 = betas[1];
+    return 0;
+}
+
+static PyObject *
+new_control(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
+{
+    static char *keys[] = {"seed", "layer", "eta", "cap", "clip", "betas", "scale_init", NULL};
+    control_arguments given = {NULL};
+    ob_control_init init;
+    ob_call call = {.function = "new_control"};
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "|$OOOOOOO", keys, &given.seed, &given.layer,
+                                     &given.eta, &given.cap, &given.clip, &given.betas,
+                                     &given.scale_init) ||
+        take_control_init(&call, &given, &init) < 0) {
+        return NULL;
+    }
+    return (PyObject *)ob_new_control(&init);
+}
+
+static PyObject *
+new_planes(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
+{
+    static char *keys[] = {"out_features", "in_features", "rule",  "seed",       "layer", "eta",
+                           "cap",          "clip",        "betas", "scale_init", NULL};
+    control_arguments given = {NULL};
+    ob_control_init init;
+    PyObject *rows, *columns, *rule_name = NULL;
+    size_t n = 0, k = 0, rule = OB_RULE_residual8;
+    ob_call call = {.function = "new_planes"};
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OO|O$OOOOOOO", keys, &rows, &columns, &rule_name,
+                                     &given.seed, &given.layer, &given.eta, &given.cap, &given.clip,
+                                     &given.betas, &given.scale_init) ||
+        ob_take_size(&call, rows, "out_features", 0, OB_MAX_K, &n) < 0 ||
+        ob_take_size(&call, columns, "in_features", 0, OB_MAX_K, &k) < 0 ||
+        (rule_name && ob_take_name(&call, rule_name, "rule", OB_RULE_COUNT, ob_rule_text,
+                                   &rule) < 0) ||
+        take_control_init(&call, &given, &init) < 0) {
+        return NULL;
+    }
+    return ob_new_planes(n, k, (ob_rule)rule, &init);
+}
+
+/* ------------------------------------------------------------------ method table */
+PyDoc_STRVAR(flip_doc,
+"flip($module, /, packed, planes)\n--\n\n"
+"One optimizer step of a layer's codes, in place; returns how many codes moved.\n\n"
+"packed uint8 tile16 of (N, K), planes as made by new_planes for (N, K).  A layer without a vote\n"
+"since its last step stays as it is.  Raises as linear_forward.");
+
+PyDoc_STRVAR(discard_doc,
+"discard($module, /, planes)\n--\n\n"
+"Forget the sums of this step without moving a code; votes stay in the residual.");
+
+PyDoc_STRVAR(scale_step_doc,
+"scale_step($module, /, scale, grad, exp_avg, exp_avg_sq, control, lr)\n--\n\n"
+"Adam on a scale, in place: all float32 of one length, control float64.\n\n"
+"lr is relative to control['scale_init'].  The scale stays >= 1e-8 and equal to the inverse of its\n"
+"float32 inverse.  Raises as linear_forward.");
+
+PyDoc_STRVAR(new_planes_doc,
+"new_planes($module, /, out_features, in_features, rule='residual8', *, seed=0, layer=0,\n"
+"           eta=0.03, cap=0.025, clip=3.0, betas=(0.9, 0.95), scale_init=1.0)\n--\n\n"
+"A dict of zeroed training planes of one layer, 64-byte aligned.\n\n"
+"residual int8 (N, K); row_factor, row_sum, sketch float32 (N,); col_factor, col_sum float32 (K,);\n"
+"control float64; with a momentum rule also momentum uint8 (N, ceil(K/64), 32) and momentum_scale\n"
+"uint16 (N, ceil(K/64)).  eta: cells per step.  cap: largest share of codes moved per step, 0 for\n"
+"none.  Layers of one run want different `layer` ids.");
+
+PyDoc_STRVAR(new_control_doc,
+"new_control($module, /, *, seed=0, layer=0, eta=0.03, cap=0.025, clip=3.0, betas=(0.9, 0.95),\n"
+"            scale_init=1.0)\n--\n\n"
+"The control array of a layer, float64 (len(CONTROL),); CONTROL names its entries.");
+
+PyMethodDef ob_flip_methods[] = {
+    OB_METHOD("flip", flip, flip_doc),
+    OB_METHOD("discard", discard, discard_doc),
+    OB_METHOD("scale_step", scale_step, scale_step_doc),
+    OB_METHOD("new_planes", new_planes, new_planes_doc),
+    OB_METHOD("new_control", new_control, new_control_doc),
+    {NULL, NULL, 0, NULL},
+};
