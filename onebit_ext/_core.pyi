@@ -1,12 +1,13 @@
 """The C module. Arrays are C-contiguous and native-endian; bfloat16 is an ml_dtypes array or uint16 (raw bits)."""
 
-from typing import Any, Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any, final
 
-import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-Planes = dict[str, Array]  # residual, [momentum, momentum_scale], row_factor, col_factor, row_sum, col_sum, sketch, control
+# residual, [momentum, momentum_scale], row_factor, col_factor, row_sum, col_sum, sketch, control
+Planes = dict[str, Array]
 
 CONTROL: dict[str, int]  # field name -> index into a control array, e.g. {"seed": 0, ...}
 RULES: tuple[str, ...]
@@ -15,20 +16,61 @@ MAX_K: int
 TOKENS_PER_VOTE: int
 
 # -- stateless functions
-def linear_forward(x: Array, packed: Array, scale: Array, out_features: int, bias: Array | None = None, *,
-                   out: Array | None = None, xq: Array | None = None, sx: Array | None = None) -> Array: ...
-def linear_backward_input(dy: Array, packed: Array, scale: Array, in_features: int, control: Array, *,
-                          out: Array | None = None) -> Array: ...
-def vote(dy: Array, xq: Array, sx: Array, packed: Array, scale: Array, in_features: int, planes: Planes | None = None, *,
-         control: Array | None = None, ds: Array | None = None, db: Array | None = None) -> None: ...
+def linear_forward(
+    x: Array,
+    packed: Array,
+    scale: Array,
+    out_features: int,
+    bias: Array | None = None,
+    *,
+    out: Array | None = None,
+    xq: Array | None = None,
+    sx: Array | None = None,
+) -> Array: ...
+def linear_backward_input(
+    dy: Array, packed: Array, scale: Array, in_features: int, control: Array, *, out: Array | None = None
+) -> Array: ...
+def vote(
+    dy: Array,
+    xq: Array,
+    sx: Array,
+    packed: Array,
+    scale: Array,
+    in_features: int,
+    planes: Planes | None = None,
+    *,
+    control: Array | None = None,
+    ds: Array | None = None,
+    db: Array | None = None,
+) -> None: ...
 def flip(packed: Array, planes: Planes) -> int: ...
 def discard(planes: Planes) -> None: ...
 def scale_step(scale: Array, grad: Array, exp_avg: Array, exp_avg_sq: Array, control: Array, lr: float) -> None: ...
-def new_planes(out_features: int, in_features: int, rule: str = "residual8", *, seed: int = 0, layer: int = 0, eta: float = 0.03,
-               cap: float = 0.025, clip: float = 3.0, betas: tuple[float, float] = (0.9, 0.95), scale_init: float = 1.0) -> Planes: ...
-def new_control(*, seed: int = 0, layer: int = 0, eta: float = 0.03, cap: float = 0.025, clip: float = 3.0,
-                betas: tuple[float, float] = (0.9, 0.95), scale_init: float = 1.0) -> Array: ...
+def new_planes(
+    out_features: int,
+    in_features: int,
+    rule: str = "residual8",
+    *,
+    seed: int = 0,
+    layer: int = 0,
+    eta: float = 0.03,
+    cap: float = 0.025,
+    clip: float = 3.0,
+    betas: tuple[float, float] = (0.9, 0.95),
+    scale_init: float = 1.0,
+) -> Planes: ...
+def new_control(
+    *,
+    seed: int = 0,
+    layer: int = 0,
+    eta: float = 0.03,
+    cap: float = 0.025,
+    clip: float = 3.0,
+    betas: tuple[float, float] = (0.9, 0.95),
+    scale_init: float = 1.0,
+) -> Array: ...
 def absmean(w: Array) -> tuple[Array, Array]: ...  # (packed, scale (1,))
+def random_codes(out_features: int, in_features: int, seed: int = 0) -> Array: ...  # packed
 def pack(codes: Array, format: str = "tile16") -> Array: ...
 def unpack(packed: Array, shape: tuple[int, int], format: str = "tile16") -> Array: ...
 def convert(packed: Array, shape: tuple[int, int], source: str, target: str) -> Array: ...
@@ -45,38 +87,111 @@ def memory() -> dict[str, int]: ...  # live, peak, largest bytes of the C alloca
 def reset_peak_memory() -> None: ...
 def fail_allocation(after: int) -> None: ...  # tests: the n-th allocation from now fails; -1 never
 
-# -- naive twins, for tests
+# -- naive twins, for tests; a module at run time
 class reference:
-    """linear_forward, linear_backward_input, vote, flip, absmean, weight_gradient with the signatures above."""
+    @staticmethod
+    def linear_forward(
+        x: Array,
+        packed: Array,
+        scale: Array,
+        out_features: int,
+        bias: Array | None = None,
+        *,
+        out: Array | None = None,
+        xq: Array | None = None,
+        sx: Array | None = None,
+    ) -> Array: ...
+    @staticmethod
+    def linear_backward_input(
+        dy: Array, packed: Array, scale: Array, in_features: int, control: Array, *, out: Array | None = None
+    ) -> Array: ...
+    @staticmethod
+    def vote(
+        dy: Array,
+        xq: Array,
+        sx: Array,
+        packed: Array,
+        scale: Array,
+        in_features: int,
+        planes: Planes | None = None,
+        *,
+        control: Array | None = None,
+        ds: Array | None = None,
+        db: Array | None = None,
+    ) -> None: ...
+    @staticmethod
+    def flip(packed: Array, planes: Planes) -> int: ...
+    @staticmethod
+    def absmean(w: Array) -> tuple[Array, Array]: ...
+    @staticmethod
+    def weight_gradient(
+        dy: Array, xq: Array, sx: Array, packed: Array, scale: Array, in_features: int, control: Array
+    ) -> Array: ...
 
+@final
 class TernaryLinear:
-    in_features: int
-    out_features: int
-    packed: Array
-    scale: Array
-    bias: Array | None
-    planes: Planes | None
-    scale_grad: Array
-    bias_grad: Array | None
-    def __init__(self, in_features: int, out_features: int, scale: str = "tensor", bias: bool = False, seed: int = 0) -> None: ...
+    name: str | None
+    paused: bool
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def packed(self) -> Array: ...
+    @property
+    def scale(self) -> Array: ...
+    @property
+    def bias(self) -> Array | None: ...
+    @property
+    def scale_grad(self) -> Array: ...
+    @property
+    def bias_grad(self) -> Array | None: ...
+    @property
+    def planes(self) -> Planes | None: ...
+    @property
+    def residual(self) -> Array | None: ...
+    def __init__(
+        self, in_features: int, out_features: int, scale: str = "tensor", bias: bool = False, seed: int = 0
+    ) -> None: ...
     @classmethod
-    def from_float(cls, w: Array, bias: Array | None = None) -> "TernaryLinear": ...
+    def from_float(cls, w: Array, bias: Array | None = None) -> TernaryLinear: ...
     @classmethod
-    def from_codes(cls, codes: Array, scale: Any, bias: Array | None = None) -> "TernaryLinear": ...
+    def from_codes(cls, codes: Array, scale: float | Array, bias: Array | None = None) -> TernaryLinear: ...
     @classmethod
-    def from_packed(cls, packed: Array, scale: Array, shape: tuple[int, int], bias: Array | None = None) -> "TernaryLinear": ...
+    def from_packed(
+        cls, packed: Array, scale: float | Array, shape: tuple[int, int], bias: Array | None = None
+    ) -> TernaryLinear: ...
     def forward(self, x: Array, keep: bool = True) -> Array: ...
-    def backward(self, dy: Array) -> Array: ...
+    def backward(self, dy: Array, input_grad: bool = True) -> Array: ...  # None without input_grad
     def codes(self) -> Array: ...
 
+@final
 class FlipOptimizer:
     lr: float
     scale_lr: float
-    flip_rate: float
-    def __init__(self, layers: Sequence[TernaryLinear], lr: float = 0.03, scale_lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.95),
-                 recipe: str = "finetune", residual_bits: int | None = None, momentum_bits: int | None = None,
-                 flip_rate_cap: float | None = None, seed: int = 0) -> None: ...
+    bias_lr: float
+    @property
+    def flip_rate(self) -> float: ...
+    @property
+    def layers(self) -> tuple[TernaryLinear, ...]: ...
+    @property
+    def rule(self) -> str: ...
+    def __init__(
+        self,
+        layers: Sequence[TernaryLinear],
+        lr: float = 0.03,
+        scale_lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        recipe: str = "finetune",
+        residual_bits: int | None = None,
+        momentum_bits: int | None = None,
+        flip_rate_cap: float | None = None,
+        seed: int = 0,
+        bias_lr: float = 1e-3,
+    ) -> None: ...
     def step(self) -> None: ...
     def zero_grad(self) -> None: ...
+    def detach(self) -> None: ...
+    def stats(self) -> list[dict[str, Any]]: ...
     def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

@@ -1,7 +1,6 @@
 /* args.c - the one view maker, numbers, and the messages of both. */
 #include "binding.h"
 
-#include <assert.h>
 #include <string.h>
 
 /* ------------------------------------------------------------------ messages */
@@ -146,7 +145,8 @@ check_layout(const ob_call *call, PyArrayObject *array, const char *name, unsign
     if (!PyArray_IS_C_CONTIGUOUS(array)) {
         return ob_fail(call, PyExc_ValueError,
                        "'%s' must be C-contiguous, got strides that are not; make a copy with "
-                       "numpy.ascontiguousarray", name);
+                       "numpy.ascontiguousarray",
+                       name);
     }
     if (!PyArray_ISALIGNED(array)) {
         return ob_fail(call, PyExc_ValueError, "'%s' must be aligned to its element size, got %p",
@@ -156,7 +156,8 @@ check_layout(const ob_call *call, PyArrayObject *array, const char *name, unsign
         (uintptr_t)PyArray_DATA(array) % 64 != 0) {
         return ob_fail(call, PyExc_ValueError,
                        "'%s' must be aligned to 64 bytes, got %p; onebit_ext.empty makes such "
-                       "arrays", name, PyArray_DATA(array));
+                       "arrays",
+                       name, PyArray_DATA(array));
     }
     if ((flags & OB_WRITE) && !PyArray_ISWRITEABLE(array)) {
         return ob_fail(call, PyExc_BufferError, "'%s' must be writeable, got a read-only array",
@@ -191,7 +192,7 @@ ob_take_array(ob_call *call, PyObject *object, const char *name, ob_spec spec)
 void
 ob_hold_array(ob_call *call, PyArrayObject *array, const char *name, int write)
 {
-    assert(call->count < OB_MAX_VIEWS); /* the longest call, vote(), holds 17 */
+    /* OB_MAX_VIEWS bounds every caller: the longest call, vote(), holds 16 arrays */
     Py_INCREF(array);
     call->views[call->count++] = (ob_view){.name = name,
                                            .array = array,
@@ -301,8 +302,8 @@ ob_new_array(PyArray_Descr *descr, int ndim, const npy_intp *dims, int zeroed)
     if (zeroed) {
         memset(block, 0, bytes);
     }
-    PyObject *array = PyArray_NewFromDescr(&PyArray_Type, descr, ndim, dims, NULL, block,
-                                           NPY_ARRAY_CARRAY, NULL);
+    PyObject *array =
+        PyArray_NewFromDescr(&PyArray_Type, descr, ndim, dims, NULL, block, NPY_ARRAY_CARRAY, NULL);
     if (array == NULL) {
         Py_DECREF(owner);
         return NULL;
@@ -339,9 +340,9 @@ ob_alias(PyArrayObject *array)
 {
     PyArray_Descr *descr = PyArray_DESCR(array);
     Py_INCREF(descr);
-    PyObject *alias = PyArray_NewFromDescr(
-            &PyArray_Type, descr, PyArray_NDIM(array), PyArray_DIMS(array), NULL,
-            PyArray_DATA(array), PyArray_FLAGS(array) & NPY_ARRAY_CARRAY, NULL);
+    PyObject *alias =
+        PyArray_NewFromDescr(&PyArray_Type, descr, PyArray_NDIM(array), PyArray_DIMS(array), NULL,
+                             PyArray_DATA(array), PyArray_FLAGS(array) & NPY_ARRAY_CARRAY, NULL);
     if (alias == NULL) {
         return NULL;
     }

@@ -7,21 +7,22 @@
 #define OB_ARGS_H
 
 enum { /* element kinds, a set */
-    OB_KIND_F32 = 1,
-    OB_KIND_F64 = 2,
-    OB_KIND_I8 = 4,
-    OB_KIND_U8 = 8,
-    OB_KIND_U16 = 16,
-    OB_KIND_BF16 = 32, /* a dtype named bfloat16 (ml_dtypes), known by name: nothing is imported */
-    OB_KIND_RAW_BF16 = OB_KIND_BF16 | OB_KIND_U16, /* uint16: the raw bits */
-    OB_KIND_FLOAT = OB_KIND_F32 | OB_KIND_RAW_BF16
+       OB_KIND_F32 = 1,
+       OB_KIND_F64 = 2,
+       OB_KIND_I8 = 4,
+       OB_KIND_U8 = 8,
+       OB_KIND_U16 = 16,
+       OB_KIND_BF16 =
+           32, /* a dtype named bfloat16 (ml_dtypes), known by name: nothing is imported */
+       OB_KIND_RAW_BF16 = OB_KIND_BF16 | OB_KIND_U16, /* uint16: the raw bits */
+       OB_KIND_FLOAT = OB_KIND_F32 | OB_KIND_RAW_BF16
 };
 
-enum { /* flags of a spec, a set */
-    OB_WRITE = 1,   /* an output: must be writeable and overlap no other array of the call */
-    OB_ALIGN64 = 2, /* data at a multiple of 64 bytes, as the kernels read `packed` */
-    OB_LEADING = 4, /* any number of dimensions before those named */
-    OB_OR_ONE = 8   /* one dimension: (n,) or (1,) */
+enum {                 /* flags of a spec, a set */
+       OB_WRITE = 1,   /* an output: must be writeable and overlap no other array of the call */
+       OB_ALIGN64 = 2, /* data at a multiple of 64 bytes, as the kernels read `packed` */
+       OB_LEADING = 4, /* any number of dimensions before those named */
+       OB_OR_ONE = 8   /* one dimension: (n,) or (1,) */
 };
 
 #define OB_MAX_DIMS 8
@@ -60,8 +61,8 @@ void ob_release(ob_call *call); /* drop all references */
 /* What an array must be to be copied over `like` */
 ob_spec ob_spec_like(PyArrayObject *like);
 
-ob_dtype ob_view_dtype(const ob_view *view); /* of an OB_KIND_FLOAT view */
-size_t ob_view_rows(const ob_view *view);    /* product of all dimensions but the last */
+ob_dtype ob_view_dtype(const ob_view *view);       /* of an OB_KIND_FLOAT view */
+size_t ob_view_rows(const ob_view *view);          /* product of all dimensions but the last */
 size_t ob_view_dim(const ob_view *view, int axis); /* axis < 0 counts from the end */
 
 /* Numbers and names.  0, or -1 with an exception set.  bool is not a number here. */
@@ -112,7 +113,8 @@ PyObject *ob_new_planes(size_t n, size_t k, ob_rule rule, const ob_control_init 
 int ob_view_planes(PyObject *planes, ob_rule rule, ob_planes *out);
 PyArrayObject *ob_new_packed(size_t n, size_t k);
 
-ob_rule ob_find_rule(int residual_bits, int momentum_bits); /* OB_RULE_COUNT: none has these widths */
+ob_rule ob_find_rule(int residual_bits,
+                     int momentum_bits); /* OB_RULE_COUNT: none has these widths */
 const char *ob_rule_text(size_t rule);
 const char *ob_format_text(size_t format);
 

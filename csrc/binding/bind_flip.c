@@ -20,10 +20,9 @@ ob_py_flip(const char *name, ob_flip_op op, PyObject *args, PyObject *kw)
         goto done;
     }
     ob_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = op(n, k, codes, &planes, &moved);
-    Py_END_ALLOW_THREADS
-    if (ob_fail_status(&call, status) == 0) {
+    Py_BEGIN_ALLOW_THREADS status = op(n, k, codes, &planes, &moved);
+    Py_END_ALLOW_THREADS if (ob_fail_status(&call, status) == 0)
+    {
         result = PyLong_FromUnsignedLongLong(moved);
     }
 done:
@@ -83,11 +82,10 @@ scale_step(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
         goto done;
     }
     ob_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = ob_scale_step((size_t)length, views[0]->data, views[1]->data, views[2]->data,
-                           views[3]->data, lr, state);
-    Py_END_ALLOW_THREADS
-    if (ob_fail_status(&call, status) == 0) {
+    Py_BEGIN_ALLOW_THREADS status = ob_scale_step((size_t)length, views[0]->data, views[1]->data,
+                                                  views[2]->data, views[3]->data, lr, state);
+    Py_END_ALLOW_THREADS if (ob_fail_status(&call, status) == 0)
+    {
         result = Py_NewRef(Py_None);
     }
 done:
@@ -113,8 +111,8 @@ take_control_init(const ob_call *call, const control_arguments *given, ob_contro
         (given->cap && ob_take_double(call, given->cap, "cap", 0, 1, &init->cap) < 0) ||
         (given->clip && ob_take_double(call, given->clip, "clip", 1e-6, 1e6, &init->clip) < 0) ||
         (given->betas && ob_take_betas(call, given->betas, "betas", betas) < 0) ||
-        (given->scale_init && ob_take_double(call, given->scale_init, "scale_init", 0, 1e30,
-                                             &init->scale_init) < 0)) {
+        (given->scale_init &&
+         ob_take_double(call, given->scale_init, "scale_init", 0, 1e30, &init->scale_init) < 0)) {
         return -1;
     }
     init->seed = (double)seed;
@@ -155,8 +153,8 @@ new_planes(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
                                      &given.betas, &given.scale_init) ||
         ob_take_size(&call, rows, "out_features", 0, OB_MAX_K, &n) < 0 ||
         ob_take_size(&call, columns, "in_features", 0, OB_MAX_K, &k) < 0 ||
-        (rule_name && ob_take_name(&call, rule_name, "rule", OB_RULE_COUNT, ob_rule_text,
-                                   &rule) < 0) ||
+        (rule_name &&
+         ob_take_name(&call, rule_name, "rule", OB_RULE_COUNT, ob_rule_text, &rule) < 0) ||
         take_control_init(&call, &given, &init) < 0) {
         return NULL;
     }
@@ -165,34 +163,41 @@ new_planes(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
 
 /* ------------------------------------------------------------------ method table */
 PyDoc_STRVAR(flip_doc,
-"flip($module, /, packed, planes)\n--\n\n"
-"One optimizer step of a layer's codes, in place; returns how many codes moved.\n\n"
-"packed uint8 tile16 of (N, K), planes as made by new_planes for (N, K).  A layer without a vote\n"
-"since its last step stays as it is.  Raises as linear_forward.");
+             "flip($module, /, packed, planes)\n--\n\n"
+             "One optimizer step of a layer's codes, in place; returns how many codes moved.\n\n"
+             "packed uint8 tile16 of (N, K), planes as made by new_planes for (N, K).  A layer "
+             "without a vote\n"
+             "since its last step stays as it is.  Raises as linear_forward.");
 
 PyDoc_STRVAR(discard_doc,
-"discard($module, /, planes)\n--\n\n"
-"Forget the sums of this step without moving a code; votes stay in the residual.");
+             "discard($module, /, planes)\n--\n\n"
+             "Forget the sums of this step without moving a code; votes stay in the residual.");
 
 PyDoc_STRVAR(scale_step_doc,
-"scale_step($module, /, scale, grad, exp_avg, exp_avg_sq, control, lr)\n--\n\n"
-"Adam on a scale, in place: all float32 of one length, control float64.\n\n"
-"lr is relative to control['scale_init'].  The scale stays >= 1e-8 and equal to the inverse of its\n"
-"float32 inverse.  Raises as linear_forward.");
+             "scale_step($module, /, scale, grad, exp_avg, exp_avg_sq, control, lr)\n--\n\n"
+             "Adam on a scale, in place: all float32 of one length, control float64.\n\n"
+             "lr is relative to control['scale_init'].  The scale stays >= 1e-8 and equal to the "
+             "inverse of its\n"
+             "float32 inverse.  Raises as linear_forward.");
 
-PyDoc_STRVAR(new_planes_doc,
-"new_planes($module, /, out_features, in_features, rule='residual8', *, seed=0, layer=0,\n"
-"           eta=0.03, cap=0.025, clip=3.0, betas=(0.9, 0.95), scale_init=1.0)\n--\n\n"
-"A dict of zeroed training planes of one layer, 64-byte aligned.\n\n"
-"residual int8 (N, K); row_factor, row_sum, sketch float32 (N,); col_factor, col_sum float32 (K,);\n"
-"control float64; with a momentum rule also momentum uint8 (N, ceil(K/64), 32) and momentum_scale\n"
-"uint16 (N, ceil(K/64)).  eta: cells per step.  cap: largest share of codes moved per step, 0 for\n"
-"none.  Layers of one run want different `layer` ids.");
+PyDoc_STRVAR(
+    new_planes_doc,
+    "new_planes($module, /, out_features, in_features, rule='residual8', *, seed=0, layer=0,\n"
+    "           eta=0.03, cap=0.025, clip=3.0, betas=(0.9, 0.95), scale_init=1.0)\n--\n\n"
+    "A dict of zeroed training planes of one layer, 64-byte aligned.\n\n"
+    "residual int8 (N, K); row_factor, row_sum, sketch float32 (N,); col_factor, col_sum float32 "
+    "(K,);\n"
+    "control float64; with a momentum rule also momentum uint8 (N, ceil(K/64), 32) and "
+    "momentum_scale\n"
+    "uint16 (N, ceil(K/64)).  eta: cells per step.  cap: largest share of codes moved per step, 0 "
+    "for\n"
+    "none.  Layers of one run want different `layer` ids.");
 
 PyDoc_STRVAR(new_control_doc,
-"new_control($module, /, *, seed=0, layer=0, eta=0.03, cap=0.025, clip=3.0, betas=(0.9, 0.95),\n"
-"            scale_init=1.0)\n--\n\n"
-"The control array of a layer, float64 (len(CONTROL),); CONTROL names its entries.");
+             "new_control($module, /, *, seed=0, layer=0, eta=0.03, cap=0.025, clip=3.0, "
+             "betas=(0.9, 0.95),\n"
+             "            scale_init=1.0)\n--\n\n"
+             "The control array of a layer, float64 (len(CONTROL),); CONTROL names its entries.");
 
 PyMethodDef ob_flip_methods[] = {
     OB_METHOD("flip", flip, flip_doc),

@@ -54,8 +54,8 @@ pack(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
                                      &format) < 0)) {
         return NULL;
     }
-    ob_view *view = ob_take_array(&call, codes, "codes",
-                                  (ob_spec){OB_KIND_I8, 0, 2, {OB_FREE, OB_FREE}, "NK"});
+    ob_view *view =
+        ob_take_array(&call, codes, "codes", (ob_spec){OB_KIND_I8, 0, 2, {OB_FREE, OB_FREE}, "NK"});
     if (view == NULL) {
         return NULL;
     }
@@ -65,10 +65,10 @@ pack(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
         goto done;
     }
     ob_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = ob_pack((ob_format_id)format, n, k, view->data, PyArray_DATA(result));
-    Py_END_ALLOW_THREADS
-    if (fail_content(&call, status, "codes", "-1, 0 and 1 only") < 0) {
+    Py_BEGIN_ALLOW_THREADS status =
+        ob_pack((ob_format_id)format, n, k, view->data, PyArray_DATA(result));
+    Py_END_ALLOW_THREADS if (fail_content(&call, status, "codes", "-1, 0 and 1 only") < 0)
+    {
         Py_CLEAR(result);
     }
 done:
@@ -109,10 +109,10 @@ unpack(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
     PyArrayObject *codes = ob_new_typed(NPY_INT8, 2, (npy_intp[]){(npy_intp)n, (npy_intp)k}, 0);
     if (codes != NULL) {
         ob_status status;
-        Py_BEGIN_ALLOW_THREADS
-        status = ob_unpack((ob_format_id)format, n, k, view->data, PyArray_DATA(codes));
-        Py_END_ALLOW_THREADS
-        if (fail_content(&call, status, "packed", "ternary codes") < 0) {
+        Py_BEGIN_ALLOW_THREADS status =
+            ob_unpack((ob_format_id)format, n, k, view->data, PyArray_DATA(codes));
+        Py_END_ALLOW_THREADS if (fail_content(&call, status, "packed", "ternary codes") < 0)
+        {
             Py_CLEAR(codes);
         }
     }
@@ -135,10 +135,9 @@ validate(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
         return NULL;
     }
     ob_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = ob_validate((ob_format_id)format, n, k, view->data);
-    Py_END_ALLOW_THREADS
-    int failed = fail_content(&call, status, "packed", "ternary codes and clean padding") < 0;
+    Py_BEGIN_ALLOW_THREADS status = ob_validate((ob_format_id)format, n, k, view->data);
+    Py_END_ALLOW_THREADS int failed =
+        fail_content(&call, status, "packed", "ternary codes and clean padding") < 0;
     ob_release(&call);
     return failed ? NULL : Py_NewRef(Py_None);
 }
@@ -165,11 +164,10 @@ convert(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
         goto done;
     }
     ob_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = ob_convert((ob_format_id)from, (ob_format_id)to, n, k, view->data,
-                        PyArray_DATA(result));
-    Py_END_ALLOW_THREADS
-    if (fail_content(&call, status, "packed", "ternary codes") < 0) {
+    Py_BEGIN_ALLOW_THREADS status =
+        ob_convert((ob_format_id)from, (ob_format_id)to, n, k, view->data, PyArray_DATA(result));
+    Py_END_ALLOW_THREADS if (fail_content(&call, status, "packed", "ternary codes") < 0)
+    {
         Py_CLEAR(result);
     }
 done:
@@ -188,8 +186,8 @@ ob_py_absmean(const char *name, ob_absmean_op op, PyObject *args, PyObject *kw)
     if (!PyArg_ParseTupleAndKeywords(args, kw, "O", keys, &w)) {
         return NULL;
     }
-    ob_view *view = ob_take_array(&call, w, "w",
-                                  (ob_spec){OB_KIND_FLOAT, 0, 2, {OB_FREE, OB_FREE}, "NK"});
+    ob_view *view =
+        ob_take_array(&call, w, "w", (ob_spec){OB_KIND_FLOAT, 0, 2, {OB_FREE, OB_FREE}, "NK"});
     if (view == NULL) {
         return NULL;
     }
@@ -203,10 +201,10 @@ ob_py_absmean(const char *name, ob_absmean_op op, PyObject *args, PyObject *kw)
         goto done;
     }
     ob_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = op(n, k, ob_view_dtype(view), view->data, PyArray_DATA(packed), PyArray_DATA(scale));
-    Py_END_ALLOW_THREADS
-    if (fail_content(&call, status, "w", "finite numbers") == 0) {
+    Py_BEGIN_ALLOW_THREADS status =
+        op(n, k, ob_view_dtype(view), view->data, PyArray_DATA(packed), PyArray_DATA(scale));
+    Py_END_ALLOW_THREADS if (fail_content(&call, status, "w", "finite numbers") == 0)
+    {
         result = PyTuple_Pack(2, packed, scale);
     }
 done:
@@ -237,8 +235,7 @@ random_codes(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
     }
     PyArrayObject *packed = ob_new_packed(n, k);
     if (packed != NULL) {
-        Py_BEGIN_ALLOW_THREADS
-        ob_random_codes(n, k, seed, PyArray_DATA(packed));
+        Py_BEGIN_ALLOW_THREADS ob_random_codes(n, k, seed, PyArray_DATA(packed));
         Py_END_ALLOW_THREADS
     }
     return (PyObject *)packed;
@@ -308,29 +305,31 @@ empty(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
 
 /* ------------------------------------------------------------------ method table */
 PyDoc_STRVAR(pack_doc,
-"pack($module, /, codes, format='tile16')\n--\n\n"
-"codes int8 (N, K) in {-1, 0, 1} -> uint8 bytes of the format.\n\n"
-"tile16: (ceil(N/64), ceil(K/16), 4, 16, 4), what every kernel reads; rows4: (N/4, K), the layout\n"
-"of transformers; seq2: (bytes,), four codes a byte in order.  64-byte aligned.");
-PyDoc_STRVAR(unpack_doc,
-"unpack($module, /, packed, shape, format='tile16')\n--\n\n"
-"Bytes of a format -> codes int8 `shape` = (N, K).  ValueError on the reserved code 3.");
-PyDoc_STRVAR(convert_doc,
-"convert($module, /, packed, shape, source, target)\n--\n\n"
-"Bytes of one format -> bytes of another, for codes of `shape` = (N, K).  ValueError on code 3.");
+             "pack($module, /, codes, format='tile16')\n--\n\n"
+             "codes int8 (N, K) in {-1, 0, 1} -> uint8 bytes of the format.\n\n"
+             "tile16: (ceil(N/64), ceil(K/16), 4, 16, 4), what every kernel reads; rows4: (N/4, "
+             "K), the layout\n"
+             "of transformers; seq2: (bytes,), four codes a byte in order.  64-byte aligned.");
+PyDoc_STRVAR(
+    unpack_doc,
+    "unpack($module, /, packed, shape, format='tile16')\n--\n\n"
+    "Bytes of a format -> codes int8 `shape` = (N, K).  ValueError on the reserved code 3.");
+PyDoc_STRVAR(convert_doc, "convert($module, /, packed, shape, source, target)\n--\n\n"
+                          "Bytes of one format -> bytes of another, for codes of `shape` = (N, K). "
+                          " ValueError on code 3.");
 PyDoc_STRVAR(validate_doc,
-"validate($module, /, packed, shape, format='tile16')\n--\n\n"
-"ValueError if the bytes hold the reserved code 3 or dirty padding; otherwise None.");
-PyDoc_STRVAR(absmean_doc,
-"absmean($module, /, w)\n--\n\n"
-"w (N, K) float32 or bfloat16 -> (packed tile16, scale float32 (1,)).\n\n"
-"scale = max(mean |w|, 1e-5), codes = clamp(rint(w / scale), -1, 1): BitNet b1.58, arXiv 2402.17764.");
-PyDoc_STRVAR(random_codes_doc,
-"random_codes($module, /, out_features, in_features, seed=0)\n--\n\n"
-"tile16 codes of (N, K): -1, 0 and 1 with probability 1/3 each, a hash of (seed, row, column).");
+             "validate($module, /, packed, shape, format='tile16')\n--\n\n"
+             "ValueError if the bytes hold the reserved code 3 or dirty padding; otherwise None.");
+PyDoc_STRVAR(absmean_doc, "absmean($module, /, w)\n--\n\n"
+                          "w (N, K) float32 or bfloat16 -> (packed tile16, scale float32 (1,)).\n\n"
+                          "scale = max(mean |w|, 1e-5), codes = clamp(rint(w / scale), -1, 1): "
+                          "BitNet b1.58, arXiv 2402.17764.");
+PyDoc_STRVAR(random_codes_doc, "random_codes($module, /, out_features, in_features, seed=0)\n--\n\n"
+                               "tile16 codes of (N, K): -1, 0 and 1 with probability 1/3 each, a "
+                               "hash of (seed, row, column).");
 PyDoc_STRVAR(empty_doc,
-"empty($module, /, shape, dtype)\n--\n\n"
-"A zeroed array of up to 8 dimensions, 64-byte aligned, huge pages advised.");
+             "empty($module, /, shape, dtype)\n--\n\n"
+             "A zeroed array of up to 8 dimensions, 64-byte aligned, huge pages advised.");
 
 PyMethodDef ob_formats_methods[] = {
     OB_METHOD("pack", pack, pack_doc),

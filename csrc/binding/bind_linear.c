@@ -38,7 +38,7 @@ ob_py_linear_forward(const char *name, ob_forward_op op, PyObject *args, PyObjec
 {
     static char *keys[] = {"x", "packed", "scale", "out_features", "bias", "out", "xq", "sx", NULL};
     PyObject *x, *packed, *scale, *width, *bias = Py_None, *out = Py_None, *xq = Py_None,
-             *sx = Py_None;
+                                          *sx = Py_None;
     ob_call call = {.function = name};
     ob_weights w;
     size_t n = 0;
@@ -80,11 +80,10 @@ ob_py_linear_forward(const char *name, ob_forward_op op, PyObject *args, PyObjec
         goto done;
     }
     ob_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = op(&w, m, ob_view_dtype(vx), vx->data, data, vxq ? vxq->data : NULL,
-                vsx ? vsx->data : NULL);
-    Py_END_ALLOW_THREADS
-    if (ob_fail_status(&call, status) < 0) {
+    Py_BEGIN_ALLOW_THREADS status = op(&w, m, ob_view_dtype(vx), vx->data, data,
+                                       vxq ? vxq->data : NULL, vsx ? vsx->data : NULL);
+    Py_END_ALLOW_THREADS if (ob_fail_status(&call, status) < 0)
+    {
         Py_CLEAR(y);
     }
 done:
@@ -125,13 +124,14 @@ ob_py_linear_backward_input(const char *name, ob_input_op op, PyObject *args, Py
         goto done;
     }
     ob_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = op(&w, m, ob_view_dtype(vdy), vdy->data, data, state, &nonfinite);
-    Py_END_ALLOW_THREADS
-    if (ob_fail_status(&call, status) < 0) {
+    Py_BEGIN_ALLOW_THREADS status =
+        op(&w, m, ob_view_dtype(vdy), vdy->data, data, state, &nonfinite);
+    Py_END_ALLOW_THREADS if (ob_fail_status(&call, status) < 0)
+    {
         Py_CLEAR(dx);
     }
-    else if (nonfinite > 0) {
+    else if (nonfinite > 0)
+    {
         state[OB_CTL_NONFINITE] += 1.0;
     }
 done:
@@ -156,9 +156,9 @@ take_kept(ob_call *call, PyObject *xq, PyObject *sx, size_t m, size_t k, vote_ar
     ob_spec codes = {OB_KIND_I8, 0, 2, {rows, padded}, NULL};
     ob_spec steps = {OB_KIND_F32, 0, 1, {rows}, NULL};
     return (v->xq = ob_take_array(call, xq, "xq", codes)) == NULL ||
-                           (v->sx = ob_take_array(call, sx, "sx", steps)) == NULL
-                   ? -1
-                   : 0;
+                   (v->sx = ob_take_array(call, sx, "sx", steps)) == NULL
+               ? -1
+               : 0;
 }
 
 /* A float32 accumulator of `length` entries, or NULL in *out if not wanted */
@@ -201,7 +201,7 @@ ob_py_vote(const char *name, ob_vote_op op, PyObject *args, PyObject *kw)
     static char *keys[] = {"dy",     "xq",      "sx", "packed", "scale", "in_features",
                            "planes", "control", "ds", "db",     NULL};
     PyObject *dy, *xq, *sx, *packed, *scale, *width, *planes = Py_None, *control = Py_None,
-             *ds = Py_None, *db = Py_None, *result = NULL;
+                                                     *ds = Py_None, *db = Py_None, *result = NULL;
     ob_call call = {.function = name};
     vote_arguments v = {.control = NULL};
     size_t k = 0, nonfinite = 0;
@@ -227,11 +227,11 @@ ob_py_vote(const char *name, ob_vote_op op, PyObject *args, PyObject *kw)
         goto done;
     }
     ob_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = op(&v.w, m, ob_view_dtype(v.dy), v.dy->data, v.xq->data, v.sx->data,
-                planes != Py_None ? &v.planes : NULL, v.control, v.ds, v.db, &nonfinite);
-    Py_END_ALLOW_THREADS
-    if (ob_fail_status(&call, status) == 0) {
+    Py_BEGIN_ALLOW_THREADS status =
+        op(&v.w, m, ob_view_dtype(v.dy), v.dy->data, v.xq->data, v.sx->data,
+           planes != Py_None ? &v.planes : NULL, v.control, v.ds, v.db, &nonfinite);
+    Py_END_ALLOW_THREADS if (ob_fail_status(&call, status) == 0)
+    {
         if (nonfinite > 0 && planes == Py_None) { /* with planes the operation counts it itself */
             v.control[OB_CTL_NONFINITE] += 1.0;
         }
@@ -261,33 +261,41 @@ vote(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
     return ob_py_vote("vote", ob_vote, args, kw);
 }
 
-PyDoc_STRVAR(linear_forward_doc,
-"linear_forward($module, /, x, packed, scale, out_features, bias=None, *,\n"
-"               out=None, xq=None, sx=None)\n--\n\n"
-"y = (xq . T^T) * (sx * scale) + bias, exactly, with int8 activations per token.\n\n"
-"x (..., K) float32 or bfloat16; packed uint8 tile16 of (out_features, K); scale (1,) or (N,)\n"
-"float32; bias (N,) float32.  Returns y (..., N) of the dtype of x, in `out` if given.\n"
-"xq (M, padded K) int8 and sx (M,) float32, given together, receive what vote() needs; M is the\n"
-"product of the leading dimensions, padded K = 16 * ceil(K / 16).  A token with a non-finite\n"
-"entry gives NaN.  Quantisation: BitNet b1.58, arXiv 2402.17764.\n"
-"Raises TypeError (dtype), ValueError (shape, layout), BufferError (read-only, overlap).");
+PyDoc_STRVAR(
+    linear_forward_doc,
+    "linear_forward($module, /, x, packed, scale, out_features, bias=None, *,\n"
+    "               out=None, xq=None, sx=None)\n--\n\n"
+    "y = (xq . T^T) * (sx * scale) + bias, exactly, with int8 activations per token.\n\n"
+    "x (..., K) float32 or bfloat16; packed uint8 tile16 of (out_features, K); scale (1,) or (N,)\n"
+    "float32; bias (N,) float32.  Returns y (..., N) of the dtype of x, in `out` if given.\n"
+    "xq (M, padded K) int8 and sx (M,) float32, given together, receive what vote() needs; M is "
+    "the\n"
+    "product of the leading dimensions, padded K = 16 * ceil(K / 16).  A token with a non-finite\n"
+    "entry gives NaN.  Quantisation: BitNet b1.58, arXiv 2402.17764.\n"
+    "Raises TypeError (dtype), ValueError (shape, layout), BufferError (read-only, overlap).");
 
-PyDoc_STRVAR(linear_backward_input_doc,
-"linear_backward_input($module, /, dy, packed, scale, in_features, control, *, out=None)\n--\n\n"
-"dx (..., K) of dy (..., N): dy * scale rounded stochastically to int8 per token, times T.\n\n"
-"control float64 (len(CONTROL),) keys the rounding by seed, layer, step and micro.  A token with\n"
-"a non-finite gradient gives NaN and control['nonfinite'] grows by one per call.  Raises as\n"
-"linear_forward.");
+PyDoc_STRVAR(
+    linear_backward_input_doc,
+    "linear_backward_input($module, /, dy, packed, scale, in_features, control, *, "
+    "out=None)\n--\n\n"
+    "dx (..., K) of dy (..., N): dy * scale rounded stochastically to int8 per token, times T.\n\n"
+    "control float64 (len(CONTROL),) keys the rounding by seed, layer, step and micro.  A token "
+    "with\n"
+    "a non-finite gradient gives NaN and control['nonfinite'] grows by one per call.  Raises as\n"
+    "linear_forward.");
 
-PyDoc_STRVAR(vote_doc,
-"vote($module, /, dy, xq, sx, packed, scale, in_features, planes=None, *,\n"
-"     control=None, ds=None, db=None)\n--\n\n"
-"The weight side of the backward: dW in registers, its votes into the planes.\n\n"
-"dy (..., N) float32 or bfloat16; xq, sx as kept by linear_forward; planes as made by new_planes,\n"
-"or None with a control instead (no votes).  ds (1,) or (N,) and db (N,) float32 grow by the\n"
-"gradients of scale and bias.  Each 65,536 tokens count as one micro-batch.  A non-finite\n"
-"gradient anywhere: ds and db become NaN, control['nonfinite'] grows, no vote is cast.  Raises\n"
-"as linear_forward.");
+PyDoc_STRVAR(
+    vote_doc,
+    "vote($module, /, dy, xq, sx, packed, scale, in_features, planes=None, *,\n"
+    "     control=None, ds=None, db=None)\n--\n\n"
+    "The weight side of the backward: dW in registers, its votes into the planes.\n\n"
+    "dy (..., N) float32 or bfloat16; xq, sx as kept by linear_forward; planes as made by "
+    "new_planes,\n"
+    "or None with a control instead (no votes).  ds (1,) or (N,) and db (N,) float32 grow by the\n"
+    "gradients of scale and bias.  Each 65,536 tokens count as one micro-batch.  A non-finite\n"
+    "gradient anywhere: ds and db become NaN, control['nonfinite'] grows, no vote is cast.  "
+    "Raises\n"
+    "as linear_forward.");
 
 PyMethodDef ob_linear_methods[] = {
     OB_METHOD("linear_forward", linear_forward, linear_forward_doc),

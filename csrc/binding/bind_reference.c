@@ -46,8 +46,9 @@ weight_gradient(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
         ob_take_size(&call, width, "in_features", 0, OB_MAX_K, &k) < 0) {
         return NULL;
     }
-    ob_view *vxq, *vsx, *vdy = ob_take_array(
-            &call, dy, "dy", (ob_spec){OB_KIND_FLOAT, OB_LEADING, 1, {OB_FREE}, "N"});
+    ob_view *vxq, *vsx,
+        *vdy =
+            ob_take_array(&call, dy, "dy", (ob_spec){OB_KIND_FLOAT, OB_LEADING, 1, {OB_FREE}, "N"});
     double *state;
     if (vdy == NULL) {
         goto done;
@@ -72,11 +73,10 @@ weight_gradient(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
         goto done;
     }
     ob_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = ob_reference_weight_gradient(&w, m, ob_view_dtype(vdy), vdy->data, vxq->data,
-                                          vsx->data, state, PyArray_DATA(dw));
-    Py_END_ALLOW_THREADS
-    if (ob_fail_status(&call, status) < 0) {
+    Py_BEGIN_ALLOW_THREADS status = ob_reference_weight_gradient(
+        &w, m, ob_view_dtype(vdy), vdy->data, vxq->data, vsx->data, state, PyArray_DATA(dw));
+    Py_END_ALLOW_THREADS if (ob_fail_status(&call, status) < 0)
+    {
         Py_CLEAR(dw);
     }
 done:
@@ -85,23 +85,22 @@ done:
 }
 
 PyDoc_STRVAR(linear_forward_doc,
-"linear_forward($module, /, x, packed, scale, out_features, bias=None, *,\n"
-"               out=None, xq=None, sx=None)\n--\n\n"
-"The naive twin of onebit_ext.linear_forward.");
-PyDoc_STRVAR(linear_backward_input_doc,
-"linear_backward_input($module, /, dy, packed, scale, in_features, control, *, out=None)\n--\n\n"
-"The naive twin of onebit_ext.linear_backward_input.");
-PyDoc_STRVAR(vote_doc,
-"vote($module, /, dy, xq, sx, packed, scale, in_features, planes=None, *,\n"
-"     control=None, ds=None, db=None)\n--\n\n"
-"The naive twin of onebit_ext.vote.");
+             "linear_forward($module, /, x, packed, scale, out_features, bias=None, *,\n"
+             "               out=None, xq=None, sx=None)\n--\n\n"
+             "The naive twin of onebit_ext.linear_forward.");
+PyDoc_STRVAR(linear_backward_input_doc, "linear_backward_input($module, /, dy, packed, scale, "
+                                        "in_features, control, *, out=None)\n--\n\n"
+                                        "The naive twin of onebit_ext.linear_backward_input.");
+PyDoc_STRVAR(vote_doc, "vote($module, /, dy, xq, sx, packed, scale, in_features, planes=None, *,\n"
+                       "     control=None, ds=None, db=None)\n--\n\n"
+                       "The naive twin of onebit_ext.vote.");
 PyDoc_STRVAR(flip_doc, "flip($module, /, packed, planes)\n--\n\n"
-"The naive twin of onebit_ext.flip.");
+                       "The naive twin of onebit_ext.flip.");
 PyDoc_STRVAR(absmean_doc, "absmean($module, /, w)\n--\n\nThe naive twin of onebit_ext.absmean.");
 PyDoc_STRVAR(weight_gradient_doc,
-"weight_gradient($module, /, dy, xq, sx, packed, scale, in_features, control)\n--\n\n"
-"The dense dW (N, K) float64 that the votes of one micro-batch see, for tests.\n\n"
-"dy (..., N) of at most 65,536 tokens; xq, sx as kept by linear_forward.");
+             "weight_gradient($module, /, dy, xq, sx, packed, scale, in_features, control)\n--\n\n"
+             "The dense dW (N, K) float64 that the votes of one micro-batch see, for tests.\n\n"
+             "dy (..., N) of at most 65,536 tokens; xq, sx as kept by linear_forward.");
 
 PyMethodDef ob_reference_methods[] = {
     OB_METHOD("linear_forward", linear_forward, linear_forward_doc),

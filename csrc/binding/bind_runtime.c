@@ -15,10 +15,10 @@ isas(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(none))
     for (size_t i = 0; list != NULL && i < ob_isa_count(); i++) {
         size_t forward = 0, input = 0, weight = 0;
         ob_isa_tiles(i, &forward, &input, &weight);
-        PyObject *entry = Py_BuildValue(
-                "{s:s, s:O, s:O, s:(nnn)}", "name", ob_isa_name(i), "supported",
-                ob_isa_supported(i) ? Py_True : Py_False, "active", i == active ? Py_True : Py_False,
-                "tiles", (Py_ssize_t)forward, (Py_ssize_t)input, (Py_ssize_t)weight);
+        PyObject *entry = Py_BuildValue("{s:s, s:O, s:O, s:(nnn)}", "name", ob_isa_name(i),
+                                        "supported", ob_isa_supported(i) ? Py_True : Py_False,
+                                        "active", i == active ? Py_True : Py_False, "tiles",
+                                        (Py_ssize_t)forward, (Py_ssize_t)input, (Py_ssize_t)weight);
         if (entry == NULL || PyList_Append(list, entry) < 0) {
             Py_CLEAR(list);
         }
@@ -66,9 +66,8 @@ set_num_threads(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
     }
     ob_status status;
     Py_BEGIN_ALLOW_THREADS /* waits for a running operation */
-    status = ob_set_num_threads(threads);
-    Py_END_ALLOW_THREADS
-    return ob_fail_status(&call, status) < 0 ? NULL : Py_NewRef(Py_None);
+        status = ob_set_num_threads(threads);
+    Py_END_ALLOW_THREADS return ob_fail_status(&call, status) < 0 ? NULL : Py_NewRef(Py_None);
 }
 
 static PyObject *
@@ -111,22 +110,25 @@ fail_allocation(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
 }
 
 PyDoc_STRVAR(isa_doc, "isa($module, /)\n--\n\nName of the instruction set in use.");
-PyDoc_STRVAR(isas_doc,
-"isas($module, /)\n--\n\n"
-"Every instruction set of this build, worst first: dicts of name, supported, active and tiles\n"
-"(rows of a register tile in forward, dX and dW).");
-PyDoc_STRVAR(force_isa_doc,
-"force_isa($module, /, name)\n--\n\nUse another instruction set from the next call on, for tests.");
+PyDoc_STRVAR(
+    isas_doc,
+    "isas($module, /)\n--\n\n"
+    "Every instruction set of this build, worst first: dicts of name, supported, active and tiles\n"
+    "(rows of a register tile in forward, dX and dW).");
+PyDoc_STRVAR(force_isa_doc, "force_isa($module, /, name)\n--\n\nUse another instruction set from "
+                            "the next call on, for tests.");
 PyDoc_STRVAR(num_threads_doc, "num_threads($module, /)\n--\n\nThreads one operation may use.");
-PyDoc_STRVAR(set_num_threads_doc,
-"set_num_threads($module, /, threads)\n--\n\nThreads from the next operation on, 1 to 256.");
-PyDoc_STRVAR(memory_doc,
-"memory($module, /)\n--\n\nBytes of the C allocator: live, peak and the largest single block.");
+PyDoc_STRVAR(
+    set_num_threads_doc,
+    "set_num_threads($module, /, threads)\n--\n\nThreads from the next operation on, 1 to 256.");
+PyDoc_STRVAR(
+    memory_doc,
+    "memory($module, /)\n--\n\nBytes of the C allocator: live, peak and the largest single block.");
 PyDoc_STRVAR(reset_peak_memory_doc,
-"reset_peak_memory($module, /)\n--\n\nStart measuring peak and largest anew.");
+             "reset_peak_memory($module, /)\n--\n\nStart measuring peak and largest anew.");
 PyDoc_STRVAR(fail_allocation_doc,
-"fail_allocation($module, /, after)\n--\n\n"
-"For tests: the `after`-th allocation of the C core from now fails; -1: never.");
+             "fail_allocation($module, /, after)\n--\n\n"
+             "For tests: the `after`-th allocation of the C core from now fails; -1: never.");
 
 PyMethodDef ob_runtime_methods[] = {
     {"isa", isa, METH_NOARGS, isa_doc},

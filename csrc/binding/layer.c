@@ -148,8 +148,7 @@ ob_layer_new(PyTypeObject *type, PyObject *args, PyObject *kw)
         Py_CLEAR(scale);
     }
     if (scale != NULL) {
-        Py_BEGIN_ALLOW_THREADS
-        ob_random_codes(n, k, seed, PyArray_DATA(packed));
+        Py_BEGIN_ALLOW_THREADS ob_random_codes(n, k, seed, PyArray_DATA(packed));
         Py_END_ALLOW_THREADS
     }
     return layer_from(type, n, k, packed, scale, bias, (double)seed);
@@ -214,8 +213,8 @@ layer_from_matrix(PyTypeObject *type, ob_call *call, PyObject *matrix, const cha
 {
     PyArrayObject *packed = NULL, *factor = NULL, *offset = NULL;
     PyObject *layer = NULL;
-    ob_view *view = ob_take_array(call, matrix, name,
-                                  (ob_spec){kinds, 0, 2, {OB_FREE, OB_FREE}, "NK"});
+    ob_view *view =
+        ob_take_array(call, matrix, name, (ob_spec){kinds, 0, 2, {OB_FREE, OB_FREE}, "NK"});
     if (view == NULL) {
         return NULL;
     }
@@ -231,16 +230,17 @@ layer_from_matrix(PyTypeObject *type, ob_call *call, PyObject *matrix, const cha
         goto done;
     }
     ob_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = scale == NULL ? ob_absmean(n, k, ob_view_dtype(view), view->data,
-                                        PyArray_DATA(packed), PyArray_DATA(factor))
-                           : ob_pack(OB_FORMAT_tile16, n, k, view->data, PyArray_DATA(packed));
-    Py_END_ALLOW_THREADS
-    if (status == OB_INVALID) {
+    Py_BEGIN_ALLOW_THREADS status =
+        scale == NULL ? ob_absmean(n, k, ob_view_dtype(view), view->data, PyArray_DATA(packed),
+                                   PyArray_DATA(factor))
+                      : ob_pack(OB_FORMAT_tile16, n, k, view->data, PyArray_DATA(packed));
+    Py_END_ALLOW_THREADS if (status == OB_INVALID)
+    {
         ob_fail(call, PyExc_ValueError, "'%s' must hold %s only", name,
                 scale == NULL ? "finite numbers" : "-1, 0 and 1");
     }
-    else if (ob_fail_status(call, status) == 0) {
+    else if (ob_fail_status(call, status) == 0)
+    {
         layer = layer_from(type, n, k, packed, factor, offset, 0);
         packed = factor = offset = NULL;
     }
@@ -293,10 +293,9 @@ ob_layer_from_packed(PyObject *type, PyObject *args, PyObject *kw)
         goto done;
     }
     ob_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = ob_validate(OB_FORMAT_tile16, n, k, codes);
-    Py_END_ALLOW_THREADS
-    if (status != OB_OK) {
+    Py_BEGIN_ALLOW_THREADS status = ob_validate(OB_FORMAT_tile16, n, k, codes);
+    Py_END_ALLOW_THREADS if (status != OB_OK)
+    {
         ob_fail(&call, PyExc_ValueError, "'packed' must hold ternary codes and clean padding: %s",
                 ob_status_text(status));
         Py_DECREF(factor);

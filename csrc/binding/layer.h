@@ -7,8 +7,7 @@
 /* The arrays are private: Python gets aliases of them, so that no attribute set from Python (shape, dtype) can reach
  * the kernels.  Caller's arrays are aliased too, never copied. */
 typedef struct ob_layer {
-    PyObject_HEAD
-    size_t n, k;
+    PyObject_HEAD size_t n, k;
     PyObject *name; /* str or None */
     PyArrayObject *packed, *scale, *bias, *scale_grad, *bias_grad;
     PyArrayObject *control; /* keys the rounding of dX while no optimizer is attached */

@@ -69,16 +69,16 @@ set_paused(PyObject *object, PyObject *value, void *Py_UNUSED(closure))
 #define ARRAY(name, doc) {#name, get_array, NULL, doc, (void *)offsetof(ob_layer, name)}
 
 PyGetSetDef ob_layer_properties[] = {
-        {"in_features", get_size, NULL, "K", (void *)offsetof(ob_layer, k)},
-        {"out_features", get_size, NULL, "N", (void *)offsetof(ob_layer, n)},
-        ARRAY(packed, "uint8 tile16 of (N, K), a view"),
-        ARRAY(scale, "float32 (1,) or (N,), a view"),
-        ARRAY(bias, "float32 (N,), a view, or None"),
-        ARRAY(scale_grad, "float32 like scale, a view; grows with every backward"),
-        ARRAY(bias_grad, "float32 (N,), a view, or None"),
-        {"planes", get_planes, NULL, "dict of views while an optimizer is attached, or None", NULL},
-        {"residual", get_residual, NULL, "int8 (N, K), a view while attached, or None", NULL},
-        {"name", get_name, set_name, "str or None; named in messages", NULL},
-        {"paused", get_paused, set_paused, "bool; True: backward casts no votes", NULL},
-        {NULL, NULL, NULL, NULL, NULL},
+    {"in_features", get_size, NULL, "K", (void *)offsetof(ob_layer, k)},
+    {"out_features", get_size, NULL, "N", (void *)offsetof(ob_layer, n)},
+    ARRAY(packed, "uint8 tile16 of (N, K), a view"),
+    ARRAY(scale, "float32 (1,) or (N,), a view"),
+    ARRAY(bias, "float32 (N,), a view, or None"),
+    ARRAY(scale_grad, "float32 like scale, a view; grows with every backward"),
+    ARRAY(bias_grad, "float32 (N,), a view, or None"),
+    {"planes", get_planes, NULL, "dict of views while an optimizer is attached, or None", NULL},
+    {"residual", get_residual, NULL, "int8 (N, K), a view while attached, or None", NULL},
+    {"name", get_name, set_name, "str or None; named in messages", NULL},
+    {"paused", get_paused, set_paused, "bool; True: backward casts no votes", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
 };

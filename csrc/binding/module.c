@@ -118,22 +118,22 @@ module_free(void *module)
 }
 
 static PyModuleDef_Slot module_slots[] = {
-        {Py_mod_exec, module_exec},
+    {Py_mod_exec, module_exec},
 #ifdef Py_mod_multiple_interpreters /* 3.12; NumPy does not support them either */
-        {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED},
+    {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED},
 #endif
-        {0, NULL},
+    {0, NULL},
 };
 
 static struct PyModuleDef module_def = {
-        PyModuleDef_HEAD_INIT,
-        .m_name = "onebit_ext._core",
-        .m_doc = "Ternary linear layers that train without a float shadow: the C core.",
-        .m_size = sizeof(ob_state),
-        .m_slots = module_slots,
-        .m_traverse = module_traverse,
-        .m_clear = module_clear,
-        .m_free = module_free,
+    PyModuleDef_HEAD_INIT,
+    .m_name = "onebit_ext._core",
+    .m_doc = "Ternary linear layers that train without a float shadow: the C core.",
+    .m_size = sizeof(ob_state),
+    .m_slots = module_slots,
+    .m_traverse = module_traverse,
+    .m_clear = module_clear,
+    .m_free = module_free,
 };
 
 PyMODINIT_FUNC

@@ -5,12 +5,12 @@
 #include "layer.h"
 
 enum { /* state of one layer beside its planes */
-    OB_SCALE_AVG,
-    OB_SCALE_AVG_SQ,
-    OB_BIAS_AVG,
-    OB_BIAS_AVG_SQ,
-    OB_BIAS_POWERS, /* float64 (2,): beta1^t, beta2^t */
-    OB_MOMENTS
+       OB_SCALE_AVG,
+       OB_SCALE_AVG_SQ,
+       OB_BIAS_AVG,
+       OB_BIAS_AVG_SQ,
+       OB_BIAS_POWERS, /* float64 (2,): beta1^t, beta2^t */
+       OB_MOMENTS
 };
 
 typedef struct ob_slot {
@@ -20,8 +20,7 @@ typedef struct ob_slot {
 } ob_slot;
 
 typedef struct ob_optimizer {
-    PyObject_HEAD
-    size_t count; /* 0 once detached */
+    PyObject_HEAD size_t count; /* 0 once detached */
     ob_slot *slots;
     ob_rule rule;
     double lr, scale_lr, bias_lr, flip_rate;

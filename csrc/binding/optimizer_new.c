@@ -36,9 +36,9 @@ take_rule(const ob_call *call, PyObject *recipe, PyObject *residual, PyObject *m
     char known[256] = "";
     size_t used = 0;
     for (int i = 0; i < OB_RULE_COUNT && used < sizeof known - 16; i++) {
-        used += (size_t)snprintf(known + used, sizeof known - used, "%s(%d, %d)", i > 0 ? ", " : "",
-                                 ob_rule_residual_bits((ob_rule)i),
-                                 ob_rule_momentum_bits((ob_rule)i));
+        used +=
+            (size_t)snprintf(known + used, sizeof known - used, "%s(%d, %d)", i > 0 ? ", " : "",
+                             ob_rule_residual_bits((ob_rule)i), ob_rule_momentum_bits((ob_rule)i));
     }
     return ob_fail(call, PyExc_ValueError,
                    "'residual_bits', 'momentum_bits' must be one of %s, got (%zu, %zu)", known,
@@ -58,14 +58,17 @@ check_layers(const ob_call *call, PyTypeObject *layer_type, PyObject *layers)
         const ob_layer *layer = (const ob_layer *)item;
         for (Py_ssize_t j = 0; j < i; j++) {
             if (PyTuple_GET_ITEM(layers, j) == item) {
-                return ob_fail(call, PyExc_ValueError, "'layers' must hold each layer once, got "
-                               "the layer at %zd again at %zd", j, i);
+                return ob_fail(call, PyExc_ValueError,
+                               "'layers' must hold each layer once, got "
+                               "the layer at %zd again at %zd",
+                               j, i);
             }
         }
         if (layer->owner != NULL) {
             return ob_fail(call, PyExc_ValueError,
                            "'layers' must be free, got one that is attached to an optimizer "
-                           "already at %zd", i);
+                           "already at %zd",
+                           i);
         }
         if (layer->writing || layer->reading > 0) {
             return ob_fail(call, PyExc_RuntimeError, "the layer is busy in another thread");
@@ -95,8 +98,9 @@ mean_scale(const ob_layer *layer)
 static int
 open_slot(ob_slot *slot, ob_layer *layer, size_t id, const options *o)
 {
-    const ob_control_init init = {(double)o->seed, (double)id,  o->lr,       o->cap, 3.0,
-                                  o->betas[0],     o->betas[1], mean_scale(layer)};
+    const ob_control_init init = {
+        (double)o->seed, (double)id,       o->lr, o->cap, 3.0, o->betas[0],
+        o->betas[1],     mean_scale(layer)};
     slot->layer = (ob_layer *)Py_NewRef(layer);
     slot->planes = ob_new_planes(layer->n, layer->k, o->rule, &init);
     int failed = slot->planes == NULL;
@@ -167,13 +171,13 @@ optimizer_on(PyTypeObject *type, const ob_call *call, PyTypeObject *layer_type, 
 PyObject *
 ob_optimizer_new(PyTypeObject *type, PyObject *args, PyObject *kw)
 {
-    static char *keys[] = {"layers",        "lr",            "scale_lr",      "betas",
-                           "recipe",        "residual_bits", "momentum_bits", "flip_rate_cap",
-                           "seed",          "bias_lr",       NULL};
+    static char *keys[] = {
+        "layers",        "lr",   "scale_lr", "betas", "recipe", "residual_bits", "momentum_bits",
+        "flip_rate_cap", "seed", "bias_lr",  NULL};
     const ob_state *state = PyType_GetModuleState(type);
     PyObject *layers, *lr = NULL, *scale_lr = NULL, *betas = NULL, *recipe = NULL,
-             *residual = Py_None, *momentum = Py_None, *cap = Py_None, *seed = NULL,
-             *bias_lr = NULL;
+                      *residual = Py_None, *momentum = Py_None, *cap = Py_None, *seed = NULL,
+                      *bias_lr = NULL;
     ob_call call = {.function = "FlipOptimizer"};
     options o = {0.03, 1e-4, 1e-3, {0.9, 0.95}, 0.025, 0, OB_RULE_residual8};
     if (state == NULL ||

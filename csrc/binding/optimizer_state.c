@@ -6,7 +6,7 @@
 #define STATE_VERSION 1
 
 static const char *const moment_names[OB_MOMENTS] = {
-        "scale_exp_avg", "scale_exp_avg_sq", "bias_exp_avg", "bias_exp_avg_sq", "bias_powers"};
+    "scale_exp_avg", "scale_exp_avg_sq", "bias_exp_avg", "bias_exp_avg_sq", "bias_powers"};
 
 size_t
 ob_slot_arrays(const ob_slot *slot, const char *names[OB_SLOT_ARRAYS],
@@ -58,14 +58,13 @@ slot_stats(const ob_slot *slot)
     const size_t codes = layer->n * layer->k, bytes = (size_t)PyArray_NBYTES(layer->packed);
     const double total = codes > 0 ? (double)codes : 1.0;
     size_t zeros, saturated;
-    Py_BEGIN_ALLOW_THREADS
-    zeros = count_zero_codes(PyArray_DATA(layer->packed), bytes) - (4 * bytes - codes);
+    Py_BEGIN_ALLOW_THREADS zeros =
+        count_zero_codes(PyArray_DATA(layer->packed), bytes) - (4 * bytes - codes);
     saturated = count_saturated(layer->view.residual, codes);
-    Py_END_ALLOW_THREADS
-    return Py_BuildValue("{s:O, s:d, s:d, s:d, s:d}", "name", layer->name, "flip_rate",
-                         control[OB_CTL_MOVED] / total, "guard", control[OB_CTL_GUARD],
-                         "zero_fraction", (double)zeros / total, "saturated",
-                         (double)saturated / total);
+    Py_END_ALLOW_THREADS return Py_BuildValue(
+        "{s:O, s:d, s:d, s:d, s:d}", "name", layer->name, "flip_rate",
+        control[OB_CTL_MOVED] / total, "guard", control[OB_CTL_GUARD], "zero_fraction",
+        (double)zeros / total, "saturated", (double)saturated / total);
 }
 
 PyObject *
@@ -125,10 +124,10 @@ ob_optimizer_state_dict(PyObject *object, PyObject *Py_UNUSED(none))
     }
     ob_optimizer_unlock(self);
     if (layers != NULL) {
-        state = Py_BuildValue("{s:i, s:s, s:d, s:d, s:d, s:d, s:O}", "version", STATE_VERSION,
-                              "rule", ob_rule_name(self->rule), "lr", self->lr, "scale_lr",
-                              self->scale_lr, "bias_lr", self->bias_lr, "flip_rate",
-                              self->flip_rate, "layers", layers);
+        state =
+            Py_BuildValue("{s:i, s:s, s:d, s:d, s:d, s:d, s:O}", "version", STATE_VERSION, "rule",
+                          ob_rule_name(self->rule), "lr", self->lr, "scale_lr", self->scale_lr,
+                          "bias_lr", self->bias_lr, "flip_rate", self->flip_rate, "layers", layers);
         Py_DECREF(layers);
     }
     return state;
@@ -167,10 +166,10 @@ take_slot(const ob_slot *slot, PyObject *state, ob_call *call, PyArrayObject **s
     }
     for (size_t i = 0; i < count; i++) {
         PyObject *item = field(call, state, names[i]);
-        int fits = item != NULL && (strcmp(names[i], "control") == 0
-                                            ? ob_take_control(call, item, names[i], 0) != NULL
-                                            : ob_take_array(call, item, names[i],
-                                                            ob_spec_like(arrays[i])) != NULL);
+        int fits = item != NULL &&
+                   (strcmp(names[i], "control") == 0
+                        ? ob_take_control(call, item, names[i], 0) != NULL
+                        : ob_take_array(call, item, names[i], ob_spec_like(arrays[i])) != NULL);
         if (!fits) {
             return -1;
         }

@@ -87,7 +87,8 @@ ob_take_name(const ob_call *call, PyObject *object, const char *name, size_t cou
         size_t used = strlen(known);
         snprintf(known + used, sizeof known - used, "%s'%s'", i > 0 ? ", " : "", text(i));
     }
-    return ob_fail(call, PyExc_ValueError, "'%s' must be one of %s, got %.60R", name, known, object);
+    return ob_fail(call, PyExc_ValueError, "'%s' must be one of %s, got %.60R", name, known,
+                   object);
 }
 
 int

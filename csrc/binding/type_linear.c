@@ -46,11 +46,10 @@ forward(PyObject *object, PyObject *args, PyObject *kw)
     }
     const ob_weights w = weights_of(self);
     ob_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = ob_linear_forward(&w, m, ob_view_dtype(view), view->data, PyArray_DATA(y),
-                               keep ? PyArray_DATA(xq) : NULL, keep ? PyArray_DATA(sx) : NULL);
-    Py_END_ALLOW_THREADS
-    ob_layer_unlock(self, keep);
+    Py_BEGIN_ALLOW_THREADS status =
+        ob_linear_forward(&w, m, ob_view_dtype(view), view->data, PyArray_DATA(y),
+                          keep ? PyArray_DATA(xq) : NULL, keep ? PyArray_DATA(sx) : NULL);
+    Py_END_ALLOW_THREADS ob_layer_unlock(self, keep);
     if (ob_fail_status(&call, status) < 0) {
         Py_CLEAR(y);
     }
@@ -143,7 +142,8 @@ take_gradient(ob_call *call, ob_layer *self, PyObject *dy)
         return NULL;
     }
     if (ob_view_rows(view) != (size_t)PyArray_DIM(self->sx, 0)) {
-        ob_fail(call, PyExc_ValueError, "'dy' must have the %zd tokens of the last forward, got %zu",
+        ob_fail(call, PyExc_ValueError,
+                "'dy' must have the %zd tokens of the last forward, got %zu",
                 PyArray_DIM(self->sx, 0), ob_view_rows(view));
         return NULL;
     }
@@ -179,8 +179,7 @@ backward(PyObject *object, PyObject *args, PyObject *kw)
     undo u = {.copy = NULL};
     size_t nonfinite = 0;
     if (!PyArg_ParseTupleAndKeywords(args, kw, "O|O", keys, &dy, &flag) ||
-        ob_take_flag(&call, flag, "input_grad", &wanted) < 0 ||
-        ob_layer_lock(&call, self, 1) < 0) {
+        ob_take_flag(&call, flag, "input_grad", &wanted) < 0 || ob_layer_lock(&call, self, 1) < 0) {
         return NULL;
     }
     ob_view *view = take_gradient(&call, self, dy);
@@ -195,13 +194,13 @@ backward(PyObject *object, PyObject *args, PyObject *kw)
     void *data = wanted ? PyArray_DATA((PyArrayObject *)dx) : NULL;
     const int votes = self->planes != NULL && !self->paused;
     ob_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = run_backward(self, view, &u, data, votes, &nonfinite);
-    Py_END_ALLOW_THREADS
-    if (ob_fail_status(&call, status) < 0) {
+    Py_BEGIN_ALLOW_THREADS status = run_backward(self, view, &u, data, votes, &nonfinite);
+    Py_END_ALLOW_THREADS if (ob_fail_status(&call, status) < 0)
+    {
         Py_CLEAR(dx);
     }
-    else if (nonfinite > 0) {
+    else if (nonfinite > 0)
+    {
         PyObject *label = ob_layer_label(self);
         if (label != NULL) {
             ob_fail(&call, PyExc_FloatingPointError,
@@ -210,7 +209,8 @@ backward(PyObject *object, PyObject *args, PyObject *kw)
         }
         Py_CLEAR(dx);
     }
-    else {
+    else
+    {
         finish_backward(self, ob_view_rows(view));
     }
 done:
@@ -232,11 +232,9 @@ codes(PyObject *object, PyObject *Py_UNUSED(none))
         return NULL;
     }
     ob_status status;
-    Py_BEGIN_ALLOW_THREADS
-    status = ob_unpack(OB_FORMAT_tile16, self->n, self->k, PyArray_DATA(self->packed),
-                       PyArray_DATA(result));
-    Py_END_ALLOW_THREADS
-    ob_layer_unlock(self, 0);
+    Py_BEGIN_ALLOW_THREADS status = ob_unpack(OB_FORMAT_tile16, self->n, self->k,
+                                              PyArray_DATA(self->packed), PyArray_DATA(result));
+    Py_END_ALLOW_THREADS ob_layer_unlock(self, 0);
     if (ob_fail_status(&call, status) < 0) {
         Py_CLEAR(result);
     }
@@ -292,35 +290,44 @@ layer_dealloc(PyObject *object)
     Py_DECREF(type);
 }
 
-PyDoc_STRVAR(layer_doc,
-"TernaryLinear(in_features, out_features, scale='tensor', bias=False, seed=0)\n--\n\n"
-"y = x W^T + bias with W = scale * codes, codes (N, K) in {-1, 0, 1}; no float copy of W exists.\n\n"
-"scale: 'tensor' for one float32 factor, 'row' for one per output.  Starting codes are -1, 0 and 1\n"
-"with equal shares (random_codes(N, K, seed)), the scale 1 / sqrt(2/3 K).  Layers of one model\n"
-"want different seeds.  packed, scale, bias, scale_grad, bias_grad and, while an optimizer is\n"
-"attached, planes are views of the layer's own memory.");
-PyDoc_STRVAR(forward_doc,
-"forward($self, /, x, keep=True)\n--\n\n"
-"x (..., K) float32 or bfloat16 -> y (..., N) of the same dtype.\n\n"
-"Keeps the int8 activations for one backward, in place of those of an earlier forward; with\n"
-"keep=False keeps nothing and leaves those of an earlier forward alone.");
-PyDoc_STRVAR(backward_doc,
-"backward($self, /, dy, input_grad=True)\n--\n\n"
-"dy (..., N) for the tokens of the last forward -> dx (..., K), or None without input_grad.\n\n"
-"scale_grad and bias_grad grow; with an optimizer attached and `paused` False the codes' votes are\n"
-"cast.  RuntimeError if no forward kept activations; FloatingPointError, naming the layer, on a\n"
-"non-finite gradient: then nothing has changed and backward may be called again.");
+PyDoc_STRVAR(
+    layer_doc,
+    "TernaryLinear(in_features, out_features, scale='tensor', bias=False, seed=0)\n--\n\n"
+    "y = x W^T + bias with W = scale * codes, codes (N, K) in {-1, 0, 1}; no float copy of W "
+    "exists.\n\n"
+    "scale: 'tensor' for one float32 factor, 'row' for one per output.  Starting codes are -1, 0 "
+    "and 1\n"
+    "with equal shares (random_codes(N, K, seed)), the scale 1 / sqrt(2/3 K).  Layers of one "
+    "model\n"
+    "want different seeds.  packed, scale, bias, scale_grad, bias_grad and, while an optimizer is\n"
+    "attached, planes are views of the layer's own memory.");
+PyDoc_STRVAR(
+    forward_doc,
+    "forward($self, /, x, keep=True)\n--\n\n"
+    "x (..., K) float32 or bfloat16 -> y (..., N) of the same dtype.\n\n"
+    "Keeps the int8 activations for one backward, in place of those of an earlier forward; with\n"
+    "keep=False keeps nothing and leaves those of an earlier forward alone.");
+PyDoc_STRVAR(
+    backward_doc,
+    "backward($self, /, dy, input_grad=True)\n--\n\n"
+    "dy (..., N) for the tokens of the last forward -> dx (..., K), or None without input_grad.\n\n"
+    "scale_grad and bias_grad grow; with an optimizer attached and `paused` False the codes' votes "
+    "are\n"
+    "cast.  RuntimeError if no forward kept activations; FloatingPointError, naming the layer, on "
+    "a\n"
+    "non-finite gradient: then nothing has changed and backward may be called again.");
 PyDoc_STRVAR(codes_doc, "codes($self, /)\n--\n\nThe codes as int8 (N, K), a copy.");
-PyDoc_STRVAR(from_float_doc,
-"from_float($type, /, w, bias=None)\n--\n\n"
-"w (N, K) float32 or bfloat16, quantised by absmean(); bias (N,) float32 is used in place.");
-PyDoc_STRVAR(from_codes_doc,
-"from_codes($type, /, codes, scale, bias=None)\n--\n\n"
-"codes int8 (N, K) in {-1, 0, 1}; scale a positive number or float32 (1,) or (N,), used in place.");
-PyDoc_STRVAR(from_packed_doc,
-"from_packed($type, /, packed, scale, shape, bias=None)\n--\n\n"
-"packed tile16 of shape (N, K), scale and bias are used in place; packed must be 64-byte aligned\n"
-"(empty() makes such arrays) and hold no code 3.");
+PyDoc_STRVAR(
+    from_float_doc,
+    "from_float($type, /, w, bias=None)\n--\n\n"
+    "w (N, K) float32 or bfloat16, quantised by absmean(); bias (N,) float32 is used in place.");
+PyDoc_STRVAR(from_codes_doc, "from_codes($type, /, codes, scale, bias=None)\n--\n\n"
+                             "codes int8 (N, K) in {-1, 0, 1}; scale a positive number or float32 "
+                             "(1,) or (N,), used in place.");
+PyDoc_STRVAR(from_packed_doc, "from_packed($type, /, packed, scale, shape, bias=None)\n--\n\n"
+                              "packed tile16 of shape (N, K), scale and bias are used in place; "
+                              "packed must be 64-byte aligned\n"
+                              "(empty() makes such arrays) and hold no code 3.");
 
 static PyMethodDef layer_methods[] = {
     OB_METHOD("forward", forward, forward_doc),
@@ -336,16 +343,20 @@ static PyMethodDef layer_methods[] = {
 };
 
 static PyType_Slot layer_slots[] = {
-        {Py_tp_doc, (void *)layer_doc},     {Py_tp_new, ob_layer_new},
-        {Py_tp_dealloc, layer_dealloc},     {Py_tp_traverse, layer_traverse},
-        {Py_tp_clear, layer_clear},         {Py_tp_repr, layer_repr},
-        {Py_tp_methods, layer_methods},     {Py_tp_getset, ob_layer_properties},
-        {0, NULL},
+    {Py_tp_doc, (void *)layer_doc},
+    {Py_tp_new, ob_layer_new},
+    {Py_tp_dealloc, layer_dealloc},
+    {Py_tp_traverse, layer_traverse},
+    {Py_tp_clear, layer_clear},
+    {Py_tp_repr, layer_repr},
+    {Py_tp_methods, layer_methods},
+    {Py_tp_getset, ob_layer_properties},
+    {0, NULL},
 };
 
 PyType_Spec ob_ternary_linear_spec = {
-        .name = "onebit_ext._core.TernaryLinear",
-        .basicsize = sizeof(ob_layer),
-        .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
-        .slots = layer_slots,
+    .name = "onebit_ext._core.TernaryLinear",
+    .basicsize = sizeof(ob_layer),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = layer_slots,
 };

@@ -66,15 +66,14 @@ slot_step(const ob_slot *slot, double scale_lr, double bias_lr, uint64_t *moved)
         return OB_OK;
     }
     ob_status status =
-            ob_flip(layer->n, layer->k, PyArray_DATA(layer->packed), &layer->view, moved);
+        ob_flip(layer->n, layer->k, PyArray_DATA(layer->packed), &layer->view, moved);
     if (status != OB_OK) {
         return status;
     }
-    status = ob_scale_step(ob_layer_scale_len(layer), PyArray_DATA(layer->scale),
-                           PyArray_DATA(layer->scale_grad),
-                           PyArray_DATA(slot->moments[OB_SCALE_AVG]),
-                           PyArray_DATA(slot->moments[OB_SCALE_AVG_SQ]), scale_lr,
-                           layer->view.control);
+    status =
+        ob_scale_step(ob_layer_scale_len(layer), PyArray_DATA(layer->scale),
+                      PyArray_DATA(layer->scale_grad), PyArray_DATA(slot->moments[OB_SCALE_AVG]),
+                      PyArray_DATA(slot->moments[OB_SCALE_AVG_SQ]), scale_lr, layer->view.control);
     if (status == OB_OK && layer->bias != NULL) {
         bias_step(slot, bias_lr);
     }
@@ -91,15 +90,14 @@ step(PyObject *object, PyObject *Py_UNUSED(none))
     if (ob_optimizer_lock(&call, self) < 0) {
         return NULL;
     }
-    Py_BEGIN_ALLOW_THREADS
-    for (size_t i = 0; i < self->count && status == OB_OK; i++) {
+    Py_BEGIN_ALLOW_THREADS for (size_t i = 0; i < self->count && status == OB_OK; i++)
+    {
         uint64_t moved = 0;
         status = slot_step(&self->slots[i], self->scale_lr, self->bias_lr, &moved);
         total += (double)moved;
         codes += (double)self->slots[i].layer->n * (double)self->slots[i].layer->k;
     }
-    Py_END_ALLOW_THREADS
-    ob_optimizer_unlock(self);
+    Py_END_ALLOW_THREADS ob_optimizer_unlock(self);
     if (ob_fail_status(&call, status) < 0) {
         return NULL;
     }
@@ -196,13 +194,13 @@ get_rule(PyObject *object, void *Py_UNUSED(closure))
 #define RATE(name, setter, doc) {#name, get_rate, setter, doc, (void *)offsetof(ob_optimizer, name)}
 
 static PyGetSetDef optimizer_properties[] = {
-        RATE(lr, set_rate, "learning rate of the codes, cells per step"),
-        RATE(scale_lr, set_rate, "learning rate of the scales, relative to their first value"),
-        RATE(bias_lr, set_rate, "learning rate of the biases"),
-        RATE(flip_rate, NULL, "share of all codes that the last step moved"),
-        {"layers", get_layers, NULL, "the layers, in the order of their ids", NULL},
-        {"rule", get_rule, NULL, "name of the flip rule", NULL},
-        {NULL, NULL, NULL, NULL, NULL},
+    RATE(lr, set_rate, "learning rate of the codes, cells per step"),
+    RATE(scale_lr, set_rate, "learning rate of the scales, relative to their first value"),
+    RATE(bias_lr, set_rate, "learning rate of the biases"),
+    RATE(flip_rate, NULL, "share of all codes that the last step moved"),
+    {"layers", get_layers, NULL, "the layers, in the order of their ids", NULL},
+    {"rule", get_rule, NULL, "name of the flip rule", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
 };
 
 static PyObject *
@@ -246,34 +244,43 @@ optimizer_dealloc(PyObject *object)
     Py_DECREF(type);
 }
 
-PyDoc_STRVAR(optimizer_doc,
-"FlipOptimizer(layers, lr=0.03, scale_lr=1e-4, betas=(0.9, 0.95), recipe='finetune',\n"
-"              residual_bits=None, momentum_bits=None, flip_rate_cap=None, seed=0, bias_lr=1e-3)\n"
-"--\n\n"
-"Trains the codes of TernaryLinear layers by votes, their scales and biases by Adam.\n\n"
-"lr: cells per step for a vote of size 1; scale_lr: relative to the scale's first value; bias_lr:\n"
-"absolute.  recipe 'finetune': an 8-bit residual; 'pretrain': also a 4-bit momentum; the bits\n"
-"override it.  flip_rate_cap: largest share of a layer's codes that should move per step (None:\n"
-".025, 0: no cap).  Layers get the ids 0, 1, ... in order and are detached when the optimizer dies.\n"
-"The first step of a layer only measures its gradient and moves no code.");
-PyDoc_STRVAR(step_doc,
-"step($self, /)\n--\n\n"
-"Move codes, scales and biases of every layer that had a backward since its last step.");
-PyDoc_STRVAR(zero_grad_doc,
-"zero_grad($self, /)\n--\n\n"
-"Zero scale_grad and bias_grad of every layer; step() does not.  Votes are never cleared.");
+PyDoc_STRVAR(
+    optimizer_doc,
+    "FlipOptimizer(layers, lr=0.03, scale_lr=1e-4, betas=(0.9, 0.95), recipe='finetune',\n"
+    "              residual_bits=None, momentum_bits=None, flip_rate_cap=None, seed=0, "
+    "bias_lr=1e-3)\n"
+    "--\n\n"
+    "Trains the codes of TernaryLinear layers by votes, their scales and biases by Adam.\n\n"
+    "lr: cells per step for a vote of size 1; scale_lr: relative to the scale's first value; "
+    "bias_lr:\n"
+    "absolute.  recipe 'finetune': an 8-bit residual; 'pretrain': also a 4-bit momentum; the bits\n"
+    "override it.  flip_rate_cap: largest share of a layer's codes that should move per step "
+    "(None:\n"
+    ".025, 0: no cap).  Layers get the ids 0, 1, ... in order and are detached when the optimizer "
+    "dies.\n"
+    "The first step of a layer only measures its gradient and moves no code.");
+PyDoc_STRVAR(
+    step_doc,
+    "step($self, /)\n--\n\n"
+    "Move codes, scales and biases of every layer that had a backward since its last step.");
+PyDoc_STRVAR(
+    zero_grad_doc,
+    "zero_grad($self, /)\n--\n\n"
+    "Zero scale_grad and bias_grad of every layer; step() does not.  Votes are never cleared.");
 PyDoc_STRVAR(detach_doc,
-"detach($self, /)\n--\n\nFree the layers and drop their planes; may be called again.");
-PyDoc_STRVAR(stats_doc,
-"stats($self, /)\n--\n\n"
-"One dict per layer: name, flip_rate (last step), guard, zero_fraction (share of codes 0),\n"
-"saturated (share of residual entries at or beyond half a cell: votes against a bound).");
-PyDoc_STRVAR(state_dict_doc,
-"state_dict($self, /)\n--\n\nEverything that resuming needs, as copies: rates, planes, moments.");
-PyDoc_STRVAR(load_state_dict_doc,
-"load_state_dict($self, /, state)\n--\n\n"
-"Take over a state_dict() of the same layers and rule; checked as a whole before anything is\n"
-"written.");
+             "detach($self, /)\n--\n\nFree the layers and drop their planes; may be called again.");
+PyDoc_STRVAR(
+    stats_doc,
+    "stats($self, /)\n--\n\n"
+    "One dict per layer: name, flip_rate (last step), guard, zero_fraction (share of codes 0),\n"
+    "saturated (share of residual entries at or beyond half a cell: votes against a bound).");
+PyDoc_STRVAR(state_dict_doc, "state_dict($self, /)\n--\n\nEverything that resuming needs, as "
+                             "copies: rates, planes, moments.");
+PyDoc_STRVAR(
+    load_state_dict_doc,
+    "load_state_dict($self, /, state)\n--\n\n"
+    "Take over a state_dict() of the same layers and rule; checked as a whole before anything is\n"
+    "written.");
 
 static PyMethodDef optimizer_methods[] = {
     {"step", step, METH_NOARGS, step_doc},
@@ -286,16 +293,20 @@ static PyMethodDef optimizer_methods[] = {
 };
 
 static PyType_Slot optimizer_slots[] = {
-        {Py_tp_doc, (void *)optimizer_doc},     {Py_tp_new, ob_optimizer_new},
-        {Py_tp_dealloc, optimizer_dealloc},     {Py_tp_traverse, optimizer_traverse},
-        {Py_tp_clear, optimizer_clear},         {Py_tp_repr, optimizer_repr},
-        {Py_tp_methods, optimizer_methods},     {Py_tp_getset, optimizer_properties},
-        {0, NULL},
+    {Py_tp_doc, (void *)optimizer_doc},
+    {Py_tp_new, ob_optimizer_new},
+    {Py_tp_dealloc, optimizer_dealloc},
+    {Py_tp_traverse, optimizer_traverse},
+    {Py_tp_clear, optimizer_clear},
+    {Py_tp_repr, optimizer_repr},
+    {Py_tp_methods, optimizer_methods},
+    {Py_tp_getset, optimizer_properties},
+    {0, NULL},
 };
 
 PyType_Spec ob_flip_optimizer_spec = {
-        .name = "onebit_ext._core.FlipOptimizer",
-        .basicsize = sizeof(ob_optimizer),
-        .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
-        .slots = optimizer_slots,
+    .name = "onebit_ext._core.FlipOptimizer",
+    .basicsize = sizeof(ob_optimizer),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = optimizer_slots,
 };

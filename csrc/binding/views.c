@@ -49,14 +49,14 @@ ob_take_weights(ob_call *call, PyObject *packed, PyObject *scale, PyObject *bias
         return -1;
     }
     ob_view *factors =
-            ob_take_array(call, scale, "scale", (ob_spec){OB_KIND_F32, OB_OR_ONE, 1, {rows}, NULL});
+        ob_take_array(call, scale, "scale", (ob_spec){OB_KIND_F32, OB_OR_ONE, 1, {rows}, NULL});
     if (factors == NULL) {
         return -1;
     }
     *out = (ob_weights){codes, n, k, factors->data, ob_view_dim(factors, 0), NULL};
     if (bias != NULL && bias != Py_None) {
         ob_view *offsets =
-                ob_take_array(call, bias, "bias", (ob_spec){OB_KIND_F32, 0, 1, {rows}, NULL});
+            ob_take_array(call, bias, "bias", (ob_spec){OB_KIND_F32, 0, 1, {rows}, NULL});
         if (offsets == NULL) {
             return -1;
         }
@@ -74,26 +74,26 @@ static const struct control_field {
     double low, high;
     int integer;
 } control_fields[OB_CONTROL_LEN] = {
-        [OB_CTL_SEED] = {"seed", 0, exact, 1},
-        [OB_CTL_LAYER] = {"layer", 0, exact, 1},
-        [OB_CTL_STEP] = {"step", 0, exact, 1},
-        [OB_CTL_MICRO] = {"micro", 0, exact, 1},
-        [OB_CTL_NONFINITE] = {"nonfinite", 0, exact, 1},
-        [OB_CTL_ETA] = {"eta", 0, 1e6, 0}, /* bounds keep eta * clip * 128 finite in float32 */
-        [OB_CTL_ETA_PEAK] = {"eta_peak", 0, 1e6, 0},
-        [OB_CTL_GUARD] = {"guard", 1e-3, 1, 0},
-        [OB_CTL_CAP] = {"cap", 0, 1, 0},
-        [OB_CTL_CLIP] = {"clip", 1e-6, 1e6, 0},
-        [OB_CTL_BETA1] = {"beta1", 0, below_one, 0},
-        [OB_CTL_BETA2] = {"beta2", 0, below_one, 0},
-        [OB_CTL_GRAD_SCALE] = {"grad_scale", 1e-30, 1e30, 0},
-        [OB_CTL_SKETCH_ENERGY] = {"sketch_energy", 0, INFINITY, 0},
-        [OB_CTL_MOVED] = {"moved", 0, exact, 1},
-        [OB_CTL_SCALE_INIT] = {"scale_init", 0, 1e30, 0},
-        [OB_CTL_BETA1_POWER] = {"beta1_power", 0, 1, 0},
-        [OB_CTL_BETA2_POWER] = {"beta2_power", 0, 1, 0},
-        [OB_CTL_RESERVED0] = {"reserved0", 0, 0, 0},
-        [OB_CTL_RESERVED1] = {"reserved1", 0, 0, 0},
+    [OB_CTL_SEED] = {"seed", 0, exact, 1},
+    [OB_CTL_LAYER] = {"layer", 0, exact, 1},
+    [OB_CTL_STEP] = {"step", 0, exact, 1},
+    [OB_CTL_MICRO] = {"micro", 0, exact, 1},
+    [OB_CTL_NONFINITE] = {"nonfinite", 0, exact, 1},
+    [OB_CTL_ETA] = {"eta", 0, 1e6, 0}, /* bounds keep eta * clip * 128 finite in float32 */
+    [OB_CTL_ETA_PEAK] = {"eta_peak", 0, 1e6, 0},
+    [OB_CTL_GUARD] = {"guard", 1e-3, 1, 0},
+    [OB_CTL_CAP] = {"cap", 0, 1, 0},
+    [OB_CTL_CLIP] = {"clip", 1e-6, 1e6, 0},
+    [OB_CTL_BETA1] = {"beta1", 0, below_one, 0},
+    [OB_CTL_BETA2] = {"beta2", 0, below_one, 0},
+    [OB_CTL_GRAD_SCALE] = {"grad_scale", 1e-30, 1e30, 0},
+    [OB_CTL_SKETCH_ENERGY] = {"sketch_energy", 0, INFINITY, 0},
+    [OB_CTL_MOVED] = {"moved", 0, exact, 1},
+    [OB_CTL_SCALE_INIT] = {"scale_init", 0, 1e30, 0},
+    [OB_CTL_BETA1_POWER] = {"beta1_power", 0, 1, 0},
+    [OB_CTL_BETA2_POWER] = {"beta2_power", 0, 1, 0},
+    [OB_CTL_RESERVED0] = {"reserved0", 0, 0, 0},
+    [OB_CTL_RESERVED1] = {"reserved1", 0, 0, 0},
 };
 
 const char *
@@ -116,8 +116,8 @@ ob_take_control(ob_call *call, PyObject *control, const char *name, unsigned fla
         int inside = values[i] >= field->low && values[i] <= field->high;
         if (!inside || (field->integer && values[i] != floor(values[i]))) {
             char text[96];
-            snprintf(text, sizeof text, "%s in [%g, %g], got %g", field->integer ? "an integer" : "",
-                     field->low, field->high, values[i]);
+            snprintf(text, sizeof text, "%s in [%g, %g], got %g",
+                     field->integer ? "an integer" : "", field->low, field->high, values[i]);
             ob_fail(call, PyExc_ValueError, "'%s' must hold '%s' %s", name, field->name, text);
             return NULL;
         }
@@ -146,14 +146,24 @@ ob_new_control(const ob_control_init *init)
 }
 
 /* ------------------------------------------------------------------ planes */
-enum { ROW_FACTOR, COL_FACTOR, RESIDUAL, ROW_SUM, COL_SUM, SKETCH, MOMENTUM, MOMENTUM_SCALE, CONTROL,
-       PLANES };
+enum {
+    ROW_FACTOR,
+    COL_FACTOR,
+    RESIDUAL,
+    ROW_SUM,
+    COL_SUM,
+    SKETCH,
+    MOMENTUM,
+    MOMENTUM_SCALE,
+    CONTROL,
+    PLANES
+};
 static const char *const plane_names[PLANES] = {
-        [ROW_FACTOR] = "row_factor", [COL_FACTOR] = "col_factor",
-        [RESIDUAL] = "residual",     [ROW_SUM] = "row_sum",
-        [COL_SUM] = "col_sum",       [SKETCH] = "sketch",
-        [MOMENTUM] = "momentum",     [MOMENTUM_SCALE] = "momentum_scale",
-        [CONTROL] = "control",
+    [ROW_FACTOR] = "row_factor", [COL_FACTOR] = "col_factor",
+    [RESIDUAL] = "residual",     [ROW_SUM] = "row_sum",
+    [COL_SUM] = "col_sum",       [SKETCH] = "sketch",
+    [MOMENTUM] = "momentum",     [MOMENTUM_SCALE] = "momentum_scale",
+    [CONTROL] = "control",
 };
 
 /* Shape and type of one plane of an (n, k) layer; `type` is what ob_new_planes makes. */
@@ -292,8 +302,8 @@ ob_take_planes(ob_call *call, PyObject *planes, size_t *n, size_t *k, ob_planes 
         }
         else {
             int type = 0;
-            ob_view *view = ob_take_array(call, item, plane_names[i],
-                                          plane_spec(i, rows, columns, &type));
+            ob_view *view =
+                ob_take_array(call, item, plane_names[i], plane_spec(i, rows, columns, &type));
             data[i] = view != NULL ? view->data : NULL;
             if (view != NULL && i == ROW_FACTOR) {
                 rows = PyArray_DIM(view->array, 0);
