@@ -4,6 +4,7 @@
 
 #include "../base/alloc.h"
 #include "../base/check.h"
+#include "../base/cpu.h"
 #include "../base/pool.h"
 #include "ops.h"
 
@@ -76,15 +77,17 @@ ob_absmean(size_t n, size_t k, ob_dtype dt, const void *w, uint8_t *packed, floa
     if (!c.row_sum) {
         return OB_NO_MEMORY;
     }
+    uint64_t fp = ob_fp_default();
     ob_parallel(n, sum_row, &c);
     for (size_t i = 0; i < n; i++) {
         total += c.row_sum[i];
     }
     ob_scratch_give(c.row_sum);
+    float mean = count ? (float)(total / (double)count) : 0.0f;
+    ob_fp_restore(fp);
     if (!isfinite(total)) {
         return OB_INVALID;
     }
-    float mean = count ? (float)(total / (double)count) : 0.0f;
     c.scale = mean > 1e-5f ? mean : 1e-5f;
     ob_parallel(OB_CEIL_DIV(n, (size_t)64), pack_strip, &c);
     *scale = c.scale;

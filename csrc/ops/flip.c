@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "../base/alloc.h"
+#include "../base/cpu.h"
 #include "../base/pool.h"
 #include "../kernels/kernel.h"
 #include "ops.h"
@@ -101,6 +102,7 @@ ob_flip(size_t n, size_t k, uint8_t *packed, ob_planes *planes, uint64_t *moved)
     if (!(control[OB_CTL_MICRO] > 0)) {
         return OB_OK;
     }
+    uint64_t fp = ob_fp_default();
     if (control[OB_CTL_STEP] > 0) {
         flip_call f = {.kernels = ob_kernels_active(),
                        .n = n,
@@ -120,6 +122,7 @@ ob_flip(size_t n, size_t k, uint8_t *packed, ob_planes *planes, uint64_t *moved)
     control[OB_CTL_STEP] += 1.0;
     control[OB_CTL_MICRO] = 0.0;
     control[OB_CTL_MOVED] = (double)*moved;
+    ob_fp_restore(fp);
     return OB_OK;
 }
 
@@ -127,6 +130,7 @@ ob_status
 ob_scale_step(size_t len, float *scale, const float *grad, float *exp_avg, float *exp_avg_sq,
               double lr, double *control)
 {
+    uint64_t fp = ob_fp_default();
     float b1 = (float)control[OB_CTL_BETA1], take1 = (float)(1.0 - control[OB_CTL_BETA1]);
     float b2 = (float)control[OB_CTL_BETA2], take2 = (float)(1.0 - control[OB_CTL_BETA2]);
     float inverse = (float)(1.0 / control[OB_CTL_GRAD_SCALE]),
@@ -144,5 +148,6 @@ ob_scale_step(size_t len, float *scale, const float *grad, float *exp_avg, float
         s = s > 1e-8f ? s : 1e-8f;
         scale[i] = 1.0f / (1.0f / s);
     }
+    ob_fp_restore(fp);
     return OB_OK;
 }

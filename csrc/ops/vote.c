@@ -7,6 +7,7 @@
 
 #include "../base/alloc.h"
 #include "../base/check.h"
+#include "../base/cpu.h"
 #include "../base/pool.h"
 #include "../kernels/kernel.h"
 #include "ops.h"
@@ -318,6 +319,7 @@ ob_vote(const ob_weights *w, size_t m, ob_dtype dt, const void *dy, const int8_t
     if (!scratch) {
         return OB_NO_MEMORY;
     }
+    uint64_t fp = ob_fp_default(); /* the sums between the tasks too */
     *nonfinite = 0;
     for (size_t chunk = 0; chunks > 1 && chunk < chunks;
          chunk++) { /* all chunks are looked at before the first vote */
@@ -333,6 +335,7 @@ ob_vote(const ob_weights *w, size_t m, ob_dtype dt, const void *dy, const int8_t
     if (v.nonfinite) {
         refuse_nonfinite(w, planes, chunks, ds, db, nonfinite);
     }
+    ob_fp_restore(fp);
     ob_scratch_give(scratch);
     return OB_OK;
 }
