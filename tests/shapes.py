@@ -232,7 +232,7 @@ def outputs(impl: Any, p: Problem, votes: int = 2) -> dict[str, Array]:
         "sx": np.full(m, 99, F32),
     }
     out["y"] = impl.linear_forward(p.x, p.packed, p.scale, n, p.bias, xq=out["xq"], sx=out["sx"])
-    out["dx"] = impl.linear_backward_input(p.dy, p.packed, p.scale, k, p.planes["control"])
+    out["dx"] = impl.linear_backward_input(p.dy, p.packed, p.scale, k, p.planes["control"].copy())
     planes = copy_planes(p.planes)
     out["ds"], out["db"] = np.ones(len(p.scale), F32), np.ones(n, F32)
     for _ in range(votes):
