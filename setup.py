@@ -136,7 +136,10 @@ class BuildExt(build_ext):
 if __name__ == "__main__":
     os.chdir(ROOT)
     pure = bool(os.environ.get("ONEBIT_PURE"))
+    headers = sorted(
+        path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*") if path.suffix in (".h", ".def")
+    )
     setup(
-        ext_modules=[] if pure else [Extension("onebit_ext._core", sources())],
+        ext_modules=[] if pure else [Extension("onebit_ext._core", sources(), depends=headers)],
         cmdclass={"build_ext": BuildExt},
     )

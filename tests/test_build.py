@@ -47,8 +47,9 @@ def test_every_source_was_built() -> None:
 
 
 def test_only_isa_files_use_wide_registers() -> None:
+    assembly = {"isa/peak.c"}  # by hand, run only where the table that needs it is in use
     for source, path in objects().items():
-        if source not in ISA_FLAGS:
+        if source not in ISA_FLAGS and source not in assembly:
             assert not wide_registers(path), source
 
 

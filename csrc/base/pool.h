@@ -22,7 +22,7 @@ void ob_parallel(size_t tasks, void (*run)(void *arg, size_t task, size_t thread
 
 /* The same with thread in [0, threads): for callers whose scratch was cut for that many, since another thread may set
  * the number at any time. */
-void ob_parallel_on(size_t threads, size_t tasks, void (*run)(void *arg, size_t task, size_t thread),
-                    void *arg);
+void ob_parallel_on(size_t threads, size_t tasks,
+                    void (*run)(void *arg, size_t task, size_t thread), void *arg);
 
 #endif
