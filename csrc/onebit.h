@@ -203,4 +203,11 @@ size_t ob_alloc_peak_bytes(void);   /* since the last reset */
 size_t ob_alloc_largest(void);      /* largest single block since the last reset */
 void ob_alloc_reset_peak(void);
 
+/* ------------------------------------------------------------------ machine limits
+ * For the benchmark, on all threads: int8 multiply-adds from registers (how many were done; 0: unknown here), a plain read
+ * of whole cache lines (returns their union), a plain read and write back of the same bytes. */
+uint64_t ob_limit_multiply(size_t rounds);
+uint64_t ob_limit_read(const void *data, size_t bytes);
+void ob_limit_update(void *data, size_t bytes);
+
 #endif

@@ -87,6 +87,11 @@ def memory() -> dict[str, int]: ...  # live, peak, largest bytes of the C alloca
 def reset_peak_memory() -> None: ...
 def fail_allocation(after: int) -> None: ...  # tests: the n-th allocation from now fails; -1 never
 
+# -- the machine's limits, for the benchmark
+def limit_multiply(rounds: int) -> int: ...  # int8 multiply-adds done; 0: unknown for this instruction set
+def limit_read(data: Array) -> None: ...
+def limit_update(data: Array) -> None: ...
+
 # -- naive twins, for tests; a module at run time
 class reference:
     @staticmethod

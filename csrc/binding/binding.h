@@ -35,6 +35,7 @@ extern PyMethodDef ob_formats_methods[];
 extern PyMethodDef ob_linear_methods[];
 extern PyMethodDef ob_flip_methods[];
 extern PyMethodDef ob_runtime_methods[];
+extern PyMethodDef ob_limits_methods[];
 extern PyMethodDef ob_reference_methods[];
 
 extern PyType_Spec ob_ternary_linear_spec;

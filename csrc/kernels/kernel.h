@@ -108,4 +108,7 @@ typedef struct ob_kernels {
 const ob_kernels *ob_kernels_active(void); /* dispatch.c: picks once */
 const ob_kernels *ob_kernels_at(size_t i);
 
+/* peak.c: the active table's int8 multiply-add from registers; returns how many were done, 0 if it has none. */
+uint64_t ob_isa_multiply(size_t rounds);
+
 #endif

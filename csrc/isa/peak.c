@@ -1,0 +1,51 @@
+/* peak.c - the int8 multiply-add that an instruction set's products are made of, from registers only: what no kernel of
+ * it can beat.  For the benchmark.  Assembly, so that this file needs nobody's compiler flags. */
+#include <string.h>
+
+#include "../kernels/kernel.h"
+
+#define CHAINS 12 /* independent accumulators: two instructions a cycle of latency 5 need 10 */
+
+#if defined(__x86_64__)
+#define PEAK(name, instruction, r)                                                               \
+    static void name(size_t rounds)                                                              \
+    {                                                                                            \
+        __asm__ volatile(".p2align 5\n1:\n"                                                      \
+                         ".irp i,0,1,2,3,4,5,6,7,8,9,10,11\n" instruction " %%" r "14,%%" r      \
+                         "15,%%" r "\\i\n.endr\n"                                                \
+                         "dec %0\njnz 1b\nvzeroupper"                                            \
+                         : "+r"(rounds)                                                          \
+                         :                                                                       \
+                         : "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", \
+                           "xmm8", "xmm9", "xmm10", "xmm11");                                    \
+    }
+PEAK(multiply_avx2, "vpmaddubsw", "ymm")
+PEAK(multiply_avxvnni, "%{vex%} vpdpbusd", "ymm")
+PEAK(multiply_avx512vnni, "vpdpbusd", "zmm")
+#endif
+
+static const struct {
+    const char *isa;
+    size_t multiplies; /* per instruction */
+    void (*run)(size_t rounds);
+} peaks[] = {
+#if defined(__x86_64__)
+    {"avx2", 32, multiply_avx2},
+    {"avxvnni", 32, multiply_avxvnni},
+    {"avx512vnni", 64, multiply_avx512vnni},
+#endif
+    {"", 0, NULL},
+};
+
+uint64_t
+ob_isa_multiply(size_t rounds)
+{
+    const char *active = ob_kernels_active()->name;
+    for (size_t i = 0; rounds > 0 && peaks[i].run; i++) {
+        if (!strcmp(peaks[i].isa, active)) {
+            peaks[i].run(rounds);
+            return (uint64_t)rounds * CHAINS * peaks[i].multiplies;
+        }
+    }
+    return 0;
+}
