@@ -3,9 +3,12 @@
  * Plain int8 codes (N, K) are one more format here, so that there is one loop that writes and one that checks.  The check
  * comes first and whole: a refused input has changed nothing. */
 #include "../base/pool.h"
+#include "i2_s.h"
 #include "rows4.h"
 #include "seq2.h"
 #include "tile16.h"
+#include "tq1_0.h"
+#include "tq2_0.h"
 
 #include <stdatomic.h>
 #include <string.h>
