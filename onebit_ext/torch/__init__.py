@@ -1,8 +1,7 @@
 """Ternary linear layers for PyTorch that train without a float copy of their weights.
 
-    model = replace_linear(model)            # nn.Linear and the packed layers of transformers -> BitLinear
-    optimizer = FlipOptimizer(model)         # flips the codes, AdamW for everything else
-    model(x).sum().backward(); optimizer.step(); optimizer.zero_grad()
+model = replace_linear(model)  # nn.Linear and the packed layers of transformers -> BitLinear
+optimizer = FlipOptimizer(model)  # flips the codes, AdamW for everything else
 """
 
 from .auto import AutoFlip

@@ -22,8 +22,8 @@ FOREIGN_LIMIT = 64  # steps of other optimizers while our gradients wait
 class AutoFlip:
     """Global optimizer hooks that flip the codes of `model` after each step of the optimizer that owns its scales.
 
-    The planes are made after that optimizer's first step and live in its `state`, under the scale, so they are saved and
-    restored with it.  eta = flip_lr * lr / initial_lr (lr / initial_lr is the schedule).  The scale is stepped by our Adam
+    The planes are made after that optimizer's first step and live in its `state`, under the scale, so they are saved
+    and restored with it.  eta = flip_lr * lr / initial_lr (lr / initial_lr is the schedule).  Our Adam steps the scale
     with scale_lr on the same schedule, in place of the optimizer's own update.  `remove()` ends it.
     """
 
@@ -95,7 +95,8 @@ class AutoFlip:
         owned = [] if isinstance(optimizer, FlipOptimizer) else self._owned(optimizer)
         bad = [name for _, name, layer, _ in owned if _nonfinite(layer) and not _skipped(optimizer)]
         if bad:
-            raise FloatingPointError(f"AutoFlip: non-finite gradient in {', '.join(map(repr, bad))}; nothing was changed")
+            names = ", ".join(map(repr, bad))
+            raise FloatingPointError(f"AutoFlip: non-finite gradient in {names}; nothing was changed")
         self._before = [(layer, layer.scale.detach().clone()) for _, _, layer, _ in owned]
 
     @torch.no_grad()

@@ -21,8 +21,8 @@ METHODS = ("residual", "frozen", "shadow")
 class ShadowLinear(nn.Module):
     """The hybrid recipe of BitNet b1.58: a float weight (N, K), quantised by absmean at every forward.
 
-    Forward and dX run through the ternary kernels; dW is dense and float, straight through the quantiser.  It is here to
-    be compared with: 32 bits a weight, and more in its optimizer.
+    Forward and dX run through the ternary kernels; dW is dense and float, straight through the quantiser.  It is here
+    to be compared with: 32 bits a weight, and more in its optimizer.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:

@@ -46,6 +46,15 @@ class CodesParameter(nn.Parameter):
         """`model.requires_grad_(True)` leaves the codes alone."""
         return self
 
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        """False; `p.requires_grad = True` over all parameters leaves the codes alone too."""
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        pass
+
 
 class BitLinear(nn.Module):
     """y = x W^T + b with W = s * T, T in {-1, 0, +1}^(N, K): 2 bits a weight, no float copy of them.

@@ -1,8 +1,8 @@
 """The `onebit::` operator library: schemas, CPU kernels, fakes and autograd.
 
-M tokens, N outputs, K inputs; `weight` is the tile16 plane of the codes, `scale` float32 (1,) or (N,).  `control` is a
-float64 tensor of `CONTROL` fields (see csrc/onebit.h), `planes` a list in the order of `PLANES`, empty where nothing votes.
-A forward op has no side effect; what the backward writes (planes, control) it writes through ops that say so.
+M tokens, N outputs, K inputs; `weight` is the tile16 plane of the codes, `scale` float32 (1,) or (N,).  `control` is
+a float64 tensor of `CONTROL` fields (see csrc/onebit.h), `planes` a list in the order of `PLANES`, empty where nothing
+votes.  A forward op has no side effect; what the backward writes (planes, control) it writes through ops that say so.
 """
 
 import contextlib
@@ -109,7 +109,8 @@ def linear_backward_input(dy: Tensor, weight: Tensor, scale: Tensor, control: Te
     rows = _rows(dy)
     dx = dy.new_empty((*dy.shape[:-1], in_features))
     out = array(dx.view(rows.shape[0], in_features))
-    _core.linear_backward_input(array(rows), array(weight), array(scale), in_features, array(control), out=out)
+    position = array(control.clone())  # the C function notes a non-finite gradient in it; votes do that here
+    _core.linear_backward_input(array(rows), array(weight), array(scale), in_features, position, out=out)
     return dx
 
 
@@ -180,7 +181,7 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 def _refuse_double_backward() -> None:
     if torch.is_grad_enabled():
-        raise RuntimeError("onebit: double backward (create_graph=True) is not defined: votes and rounding have no gradient")
+        raise RuntimeError("onebit: double backward (create_graph=True) is not defined: votes have no gradient")
 
 
 def _linear_backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -207,7 +208,7 @@ linear.register_autograd(_linear_backward, setup_context=_linear_setup)
 
 @torch.library.custom_op("onebit::flip", mutates_args=("weight", "control", "planes"), device_types="cpu")
 def flip(weight: Tensor, control: Tensor, planes: Sequence[Tensor]) -> None:
-    """One step of a layer's codes, in place; control's MOVED says how many changed.  Nothing if no micro-batch voted."""
+    """One step of a layer's codes, in place; control's MOVED counts them.  Nothing if no micro-batch voted."""
     _core.flip(array(weight), _plane_arrays(control, planes))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .nn import BitLinear, layer_of, plane_list
-from .planes import CONTROL, check, choose_rule, control_of, field, new_planes
+from .planes import CONTROL, check, choose_rule, control_of, field, new_planes, nonfinite
 
 DEFAULT_CAP = 0.025
 
@@ -56,8 +56,9 @@ class FlipOptimizer(torch.optim.Optimizer):
         on_nonfinite: "raise" FloatingPointError in step() before any write, or "skip" what is not finite and count it
             in `nonfinite_skipped`.
 
-    Backward votes, `step()` flips.  A layer's first step only measures.  All training state is in `state`: int8 residual
-    and float64 control under the codes, Adam moments under scales and floats, so `state_dict()` resumes to the bit.
+    Backward votes, `step()` flips.  A layer's first step only measures.  All training state is in `state`: int8
+    residual and float64 control under the codes, Adam moments under scales and floats, so `state_dict()` resumes to
+    the bit.
     With a GradScaler a skipped step moves no code; if `scaler.unscale_` is used, set `grad_scaler` to the scaler.
     """
 
@@ -208,18 +209,19 @@ class FlipOptimizer(torch.optim.Optimizer):
         self._check_links()
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and float(found_inf) > 0:
-            for layer in self._voters():
-                self._discard(layer)
+            self.discard()
             return loss
-        unscale = self._follow_scaler(found_inf is not None)
         bad = self._nonfinite()
+        unscale = self._follow_scaler(found_inf is not None)
         self._step_floats(unscale, bool(bad))
         self._step_scales(bad, scaled=unscale != 1.0)
         self._flip(bad)
         return loss
 
-    def _voters(self) -> list[BitLinear]:
-        return [layer for layer in self._layers if layer._planes is not None]
+    def discard(self) -> None:
+        """Give up this step's gradients of the codes: sums and non-finite flags go, votes stay, no code moves."""
+        for layer in self._layers:
+            self._discard(layer)
 
     def _check_links(self) -> None:
         for layer in self._layers:
@@ -230,9 +232,10 @@ class FlipOptimizer(torch.optim.Optimizer):
                     "(load_state_dict(assign=True)?) or another optimizer took the layer"
                 )
 
-    def _discard(self, layer: BitLinear) -> None:
-        assert layer._planes is not None
-        ops.discard(layer._planes["control"], plane_list(layer._planes))
+    @staticmethod
+    def _discard(layer: BitLinear) -> None:
+        if layer._planes is not None:
+            ops.discard(layer._planes["control"], plane_list(layer._planes))
 
     def _follow_scaler(self, active: bool) -> float:
         """The loss scale that float gradients still contain; the flip rule's sums are freed of it."""
@@ -256,10 +259,12 @@ class FlipOptimizer(torch.optim.Optimizer):
         return unscale
 
     def _nonfinite(self) -> list[BitLinear]:
-        bad = [layer for layer in self._voters() if field(control_of(layer), "nonfinite") > 0]
+        bad = [layer for layer in self._layers if nonfinite(layer)]
         if bad and self.on_nonfinite == "raise":
             names = ", ".join(repr(self._names[layer]) for layer in bad)
-            raise FloatingPointError(f"FlipOptimizer: non-finite gradient in {names}; nothing was changed")
+            raise FloatingPointError(
+                f"FlipOptimizer: non-finite gradient in {names}; nothing was changed (discard() gives this step up)"
+            )
         self.nonfinite_skipped += len(bad)
         return bad
 
@@ -314,9 +319,7 @@ class FlipOptimizer(torch.optim.Optimizer):
         """As torch's, after checking every plane; the layers vote into the loaded planes from here on."""
         self._check_state(state_dict)
         super().load_state_dict(state_dict)
-        self.param_groups = [
-            _CodesGroup(group) if group["kind"] == "codes" else group for group in self.param_groups
-        ]
+        self.param_groups = [_CodesGroup(group) if group["kind"] == "codes" else group for group in self.param_groups]
         self._share_with_adamw()
         for layer in self._layers:
             state = self.state[layer.weight]

@@ -86,3 +86,10 @@ def control_of(layer: BitLinear) -> np.ndarray[Any, Any]:
 def field(control: np.ndarray[Any, Any], name: str) -> float:
     """One field of a control."""
     return float(control[CONTROL[name]])
+
+
+def nonfinite(layer: BitLinear) -> bool:
+    """Whether a backward since the last step met a gradient that is not finite."""
+    if layer._planes is not None and field(control_of(layer), "nonfinite") > 0:
+        return True
+    return layer.scale.grad is not None and not bool(torch.isfinite(layer.scale.grad).all())

@@ -55,9 +55,7 @@ def replace_linear(
     return model
 
 
-def swap(
-    model: nn.Module, targets: dict[nn.Module, list[str]], make: Callable[[nn.Module], nn.Module]
-) -> nn.Module:
+def swap(model: nn.Module, targets: dict[nn.Module, list[str]], make: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """Put make(module) wherever module stood; one at a time, so that only one layer exists twice."""
     for old, names in targets.items():
         new = make(old).train(old.training)
