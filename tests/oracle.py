@@ -128,7 +128,7 @@ def pack(codes: Array, format: str = "tile16") -> Array:
         flat = np.ones((n, -(-k // 4) * 4), np.uint8)
         flat[:, :k] = bits
         pairs = flat.reshape(-1, 4)
-    return (pairs << np.array([0, 2, 4, 6], np.uint8)).sum(axis=-1, dtype=np.uint8)
+    return np.ascontiguousarray((pairs << np.array([0, 2, 4, 6], np.uint8)).sum(-1, dtype=np.uint8))
 
 
 def unpack(packed: Array, shape: tuple[int, int]) -> Array:

@@ -136,6 +136,28 @@ def test_overflow_of_a_finite_gradient(isa: str, impl: Any, dtype: Any) -> None:
     assert np.isnan(dx[4].astype(F32)).all() and not np.isnan(dx[5].astype(F32)).any()
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_every_nan_is_the_canonical_one(isa: str, impl: Any, dtype: Any) -> None:
+    """0 * inf, inf - inf and NaN of any sign and payload in scale, bias and tokens: all give one NaN."""
+    p = random_problem(37, M, N, K, dtype=dtype, rows=True, bias=True)
+    assert p.bias is not None
+    for i, bits in enumerate(BAD.values()):
+        p.scale[i::16] = p.bias[i + 1 :: 9] = number(bits)
+        p.x = put(p.x, (i, 3 * i), bits)
+    p.x[7] = 1e38  # with the scale below, sx * s overflows: 0 * inf where the product is 0
+    p.scale[9] = 1e4
+    got, want = forward(impl, p, p.x), forward(Oracle, p, p.x)
+    assert_same_bits(got, want, isa)
+    nans = np.isnan(want["y"].astype(F32))
+    bits = got["y"][nans].view(np.uint32 if dtype is F32 else np.uint16)
+    assert nans.sum() > 100 and set(bits.tolist()) == {0x7FC00000 if dtype is F32 else 0x7FC0}
+    control = p.planes["control"]
+    dx = impl.linear_backward_input(p.dy, p.packed, p.scale, K, control.copy())
+    want_dx = Oracle.linear_backward_input(p.dy, p.packed, p.scale, K, control.copy())
+    assert_same_bits({"dx": dx}, {"dx": want_dx}, isa)
+
+
 def small_problems() -> Iterator[Problem]:
     """Zeros of both signs and subnormals wherever a kernel rounds, multiplies, divides or adds."""
     for i, (dtype, rule) in enumerate((d, r) for d in (F32, BF16) for r in RULES):

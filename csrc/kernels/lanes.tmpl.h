@@ -35,21 +35,33 @@ load_lanes(ob_dtype dt, const void *row, size_t i, size_t n)
     return vf_bits(vi_sll(vi_load_u16(tail), 16));
 }
 
-/* float32 -> bfloat16 bits in the low half of each lane: nearest, half to even; NaN becomes the quiet NaN 0x7FC0. */
+OB_INLINE vi
+absolute_bits(vf v)
+{
+    return vi_and(vf_to_bits(v), vi_set1(0x7FFFFFFF));
+}
+
+/* Every NaN becomes 0x7FC00000: sign and payload depend on the machine and on the order of operands. */
+OB_INLINE vf
+canonical_nan(vf v)
+{
+    /* all ones where the magnitude is > 0x7F800000: the difference is negative exactly for NaN */
+    vi nan = vi_sra(vi_sub(vi_set1(0x7F800000), absolute_bits(v)), 31);
+    return vf_bits(vi_or(vi_and(nan, vi_set1(0x7FC00000)), vi_andnot(nan, vf_to_bits(v))));
+}
+
+/* float32 without other NaN than the canonical -> bfloat16 bits in the low half of each lane: nearest, half to even. */
 OB_INLINE vi
 bf16_lanes(vf v)
 {
     vi bits = vf_to_bits(v), lsb = vi_and(vi_srl(bits, 16), vi_set1(1));
-    vi rounded = vi_srl(vi_add(bits, vi_add(lsb, vi_set1(0x7FFF))), 16);
-    vi magnitude = vi_and(bits, vi_set1(0x7FFFFFFF));
-    /* all ones where magnitude > 0x7F800000: the difference is negative exactly for NaN */
-    vi nan = vi_sra(vi_sub(vi_set1(0x7F800000), magnitude), 31);
-    return vi_or(vi_and(nan, vi_set1(0x7FC0)), vi_andnot(nan, rounded));
+    return vi_srl(vi_add(bits, vi_add(lsb, vi_set1(0x7FFF))), 16);
 }
 
 OB_INLINE void
 store_lanes(ob_dtype dt, void *row, size_t i, size_t n, vf v)
 {
+    v = canonical_nan(v);
     if (dt == OB_F32) {
         float *p = (float *)row + i;
         if (n - i >= LANES) {
@@ -101,10 +113,4 @@ OB_INLINE vf
 stochastic_round(vf v, vf r, float limit)
 {
     return vf_max(vf_min(vf_floor(vf_add(v, r)), vf_set1(limit)), vf_set1(-limit));
-}
-
-OB_INLINE vi
-absolute_bits(vf v)
-{
-    return vi_and(vf_to_bits(v), vi_set1(0x7FFFFFFF));
 }
