@@ -112,7 +112,7 @@ take_control_init(const ob_call *call, const control_arguments *given, ob_contro
         (given->clip && ob_take_double(call, given->clip, "clip", 1e-6, 1e6, &init->clip) < 0) ||
         (given->betas && ob_take_betas(call, given->betas, "betas", betas) < 0) ||
         (given->scale_init &&
-         ob_take_double(call, given->scale_init, "scale_init", 0, 1e30, &init->scale_init) < 0)) {
+         ob_take_double(call, given->scale_init, "scale_init", 0, 1e18, &init->scale_init) < 0)) {
         return -1;
     }
     init->seed = (double)seed;

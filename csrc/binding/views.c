@@ -89,7 +89,7 @@ static const struct control_field {
     [OB_CTL_GRAD_SCALE] = {"grad_scale", 1e-30, 1e30, 0},
     [OB_CTL_SKETCH_ENERGY] = {"sketch_energy", 0, INFINITY, 0},
     [OB_CTL_MOVED] = {"moved", 0, exact, 1},
-    [OB_CTL_SCALE_INIT] = {"scale_init", 0, 1e30, 0},
+    [OB_CTL_SCALE_INIT] = {"scale_init", 0, 1e18, 0},
     [OB_CTL_BETA1_POWER] = {"beta1_power", 0, 1, 0},
     [OB_CTL_BETA2_POWER] = {"beta2_power", 0, 1, 0},
     [OB_CTL_RESERVED0] = {"reserved0", 0, 0, 0},
