@@ -7,6 +7,7 @@ ONEBIT_PURE=1 leaves the C module out (to register an editable install beside an
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -18,14 +19,36 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 
-# What a file's instruction set needs; every other file is compiled for the architecture's baseline.
-ISA_FLAGS = {
-    "isa/avx2.c": ["-mavx2"],
-    "isa/avx512vnni.c": [
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
-        "-mprefer-vector-width=512",
-    ],
+# What the instruction set of a file in csrc/isa/ needs, by architecture; every other file is compiled for the baseline.
+ISA_FLAGS_OF = {
+    "x86_64": {
+        "isa/avx2.c": ["-mavx2"],
+        "isa/avxvnni.c": ["-mavx2", "-mavxvnni"],
+        "isa/avx512vnni.c": [
+            *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
+            "-mprefer-vector-width=512",
+        ],
+    },
+    "aarch64": {
+        "isa/neon.c": [],
+        "isa/neondot.c": ["-march=armv8.2-a+dotprod"],
+    },
 }
+MACHINE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+
+
+def accepted(flags: list[str]) -> bool:
+    """Whether the C compiler knows `flags`."""
+    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+    command = [*compiler, *flags, "-c", "-x", "c", os.devnull, "-o", os.devnull]
+    try:
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return True  # the build will say so
+
+
+ISA_FLAGS = {name: flags for name, flags in ISA_FLAGS_OF.get(MACHINE, {}).items() if not flags or accepted(flags)}
+WITHOUT = [Path(name).stem for name in ISA_FLAGS_OF.get(MACHINE, {}) if name not in ISA_FLAGS]
 FLAGS = [
     *("-O3", "-std=gnu11", "-pthread", "-fvisibility=hidden"),
     *(
@@ -34,15 +57,16 @@ FLAGS = [
         "-fno-fast-math",
     ),  # the same bits on every instruction set
     *("-Wall", "-Wextra", "-Wconversion", "-Wshadow"),
+    *(f"-DOB_WITHOUT_{name}" for name in WITHOUT),
 ]
 MACROS = ["-DNPY_NO_DEPRECATED_API=NPY_2_0_API_VERSION", "-DNPY_TARGET_VERSION=NPY_2_0_API_VERSION"]
 
 
 def sources() -> list[str]:
     """Every C file this machine can compile, as paths relative to the repository."""
-    x86 = platform.machine() in ("x86_64", "AMD64")
     files = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/*/*.c"))
-    return [name for name in files if x86 or name.removeprefix("csrc/") not in ISA_FLAGS]
+    foreign = {name for flags_of in ISA_FLAGS_OF.values() for name in flags_of} - set(ISA_FLAGS)
+    return [name for name in files if name.removeprefix("csrc/") not in foreign]
 
 
 def variant() -> tuple[str, list[str], list[str]]:
@@ -75,6 +99,8 @@ class BuildExt(build_ext):
     """Compiles changed files only, several at a time, and puts the module in place in one step."""
 
     def build_extension(self, ext: Extension) -> None:
+        for isa in WITHOUT:
+            print(f"onebit_ext: this C compiler does not know {isa}: built without it", file=sys.stderr)
         name, compile_flags, link_flags = variant()
         folder = Path(self.build_temp + name)
         self.headers = [sysconfig.get_path("include"), numpy_include()]

@@ -29,12 +29,24 @@ ob_cpu_features(void)
     if ((saved & 0x06) != 0x06 /* xmm, ymm */ || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
         return 0;
     }
-    uint32_t features = has(b, 5) ? OB_CPU_AVX2 : 0;
+    uint32_t features = has(b, 5) ? OB_CPU_AVX2 : 0, subleaves = a;
     int zmm_saved = (saved & 0xE0) == 0xE0; /* masks, upper halves, zmm16-31 */
     if (zmm_saved && has(b, 16) && has(b, 17) && has(b, 30) && has(b, 31)) { /* F DQ BW VL */
         features |= OB_CPU_AVX512 | (has(c, 11) ? OB_CPU_AVX512VNNI : 0);
     }
+    if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
+        features |= has(a, 4) ? OB_CPU_AVXVNNI : 0;
+    }
     return features;
+}
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+
+uint32_t
+ob_cpu_features(void)
+{
+    enum { ASIMDDP = 1 << 20 }; /* HWCAP_ASIMDDP of <asm/hwcap.h>, which old headers lack */
+    return OB_CPU_NEON | (getauxval(AT_HWCAP) & ASIMDDP ? OB_CPU_NEONDOT : 0);
 }
 #else
 uint32_t

@@ -7,6 +7,9 @@
 #define OB_CPU_AVX2 1u
 #define OB_CPU_AVX512 2u /* F, BW, VL, DQ */
 #define OB_CPU_AVX512VNNI 4u
+#define OB_CPU_AVXVNNI 8u
+#define OB_CPU_NEON 16u /* every AArch64 */
+#define OB_CPU_NEONDOT 32u
 
 /* Bits the processor has and the operating system saves the registers of; 0 on other architectures. */
 uint32_t ob_cpu_features(void);
