@@ -145,7 +145,7 @@ TARGETS = [
     Target("scale_step", ob.scale_step, scale_step,
            {"scale": Arr(F32, out=True), "grad": Arr(F32), "exp_avg": Arr(F32, out=True),
             "exp_avg_sq": Arr(F32, out=True), "control": CONTROL, "lr": Number()}),
-    Target("new_control", ob.new_control, lambda: {}, OPTIONS),
+    Target("new_control", ob.new_control, dict, OPTIONS),
     Target("new_planes", ob.new_planes, lambda: {"out_features": N, "in_features": K},
            {"out_features": Number(integer=True), "in_features": Number(integer=True), "rule": Text, **OPTIONS}),
     Target("pack", ob.pack, lambda: {"codes": CODES.copy(), "format": "seq2"},

@@ -117,7 +117,8 @@ PyDoc_STRVAR(
     "(rows of a register tile in forward, dX and dW).");
 PyDoc_STRVAR(force_isa_doc, "force_isa($module, /, name)\n--\n\nUse another instruction set from "
                             "the next call on, for tests.");
-PyDoc_STRVAR(num_threads_doc, "num_threads($module, /)\n--\n\nThreads one operation may use.");
+PyDoc_STRVAR(num_threads_doc,
+             "num_threads($module, /)\n--\n\nHow many threads one operation may use.");
 PyDoc_STRVAR(
     set_num_threads_doc,
     "set_num_threads($module, /, threads)\n--\n\nThreads from the next operation on, 1 to 256.");
