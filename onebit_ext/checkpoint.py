@@ -129,11 +129,9 @@ def _write(path: str, tensors: Mapping[str, Array], meta: Mapping[str, str]) -> 
     file = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
         try:
-            for part in (
-                len(text).to_bytes(8, "little") + text,
-                *(a.reshape(-1).view(np.uint8) for a in tensors.values()),
-            ):
-                _write_all(file, memoryview(part))
+            _write_all(file, memoryview(len(text).to_bytes(8, "little") + text))
+            for array in tensors.values():
+                _write_all(file, array.reshape(-1).view(np.uint8).data)
             os.fsync(file)
         finally:
             os.close(file)

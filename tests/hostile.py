@@ -96,33 +96,7 @@ def strangers(array: np.ndarray) -> list[Any]:
 
 
 def other_dtypes(array: np.ndarray, legal: frozenset[str]) -> Iterator[tuple[str, np.ndarray]]:
-    names = [
-        "?",
-        "b",
-        "B",
-        "h",
-        "H",
-        "i",
-        "I",
-        "l",
-        "L",
-        "q",
-        "Q",
-        "e",
-        "f",
-        "d",
-        "g",
-        "F",
-        "D",
-        "G",
-        "O",
-        "S4",
-        "U4",
-        "M8[s]",
-        "m8[s]",
-        "V2",
-        "V4",
-    ]
+    names = [*"?bBhHiIlLqQefdgFDGO", "S4", "U4", "M8[s]", "m8[s]", "V2", "V4"]
     types = [np.dtype(name) for name in names]
     types += [np.dtype(t) for t in (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.int4)]
     types.append(np.dtype([("a", "f4")]))

@@ -17,6 +17,7 @@ F32, F64, I8, U8 = (frozenset({name}) for name in ("float32", "float64", "int8",
 PACKED = Arr(U8, aligned=True)
 SCALE = Arr(F32)
 CONTROL = Arr(F64, out=True)
+MAYBE_CONTROL = replace(CONTROL, optional=True)
 RNG = np.random.default_rng(5)
 CODES = RNG.integers(-1, 2, (N, K)).astype(np.int8)
 X, DY = (RNG.standard_normal((M, width)).astype(np.float32) for width in (K, N))
@@ -135,7 +136,8 @@ TARGETS = [
     *twins("linear_forward", forward, FORWARD),
     *twins("linear_backward_input", backward, BACKWARD),
     *twins("vote", lambda: kept() | {"planes": planes()} | sums(), KEPT | {"planes": Planes, "ds": SUM, "db": SUM}),
-    *twins("vote", lambda: kept() | {"control": control()} | sums(), KEPT | {"control": replace(CONTROL, optional=True), "ds": SUM, "db": SUM}),
+    *twins("vote", lambda: kept() | {"control": control()} | sums(),
+           KEPT | {"control": MAYBE_CONTROL, "ds": SUM, "db": SUM}),
     *twins("flip", lambda: {"packed": ob.pack(CODES), "planes": planes()},
            {"packed": Arr(U8, out=True, aligned=True), "planes": Planes}),
     *twins("absmean", lambda: {"w": np.ones((N, K), np.float32)}, {"w": Arr(FLOAT, free=True)}),
