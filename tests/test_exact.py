@@ -113,6 +113,24 @@ def test_saturated_products(isa: str, rule: str) -> None:
             assert_same_bits(outputs(_core, problem), want, f"{isa}, {problem}")
 
 
+@pytest.mark.parametrize("k", [262_128, 262_144, 262_160])
+@pytest.mark.parametrize("m", [1, 2, 3])
+def test_long_rows(isa: str, m: int, k: int) -> None:
+    """The largest forward sums there are, around the K at which a kernel changes its accumulators."""
+    for code, x in ((1, 127), (-1, 127), (1, -127), (-1, -127)):
+        packed = shapes.aligned(np.full((1, k // 16, 4, 16, 4), 0x55 * (code + 1), np.uint8))
+        y = _core.linear_forward(np.full((m, k), x, F32), packed, np.ones(1, F32), 3)
+        assert (y == F32(code * x * k)).all()
+
+
+def test_full_micro_batch(isa: str) -> None:
+    """The largest sums of the weight side: 65,536 tokens at +-127 on both sides."""
+    problem = random_problem(5, _core.TOKENS_PER_VOTE, 5, 3)
+    problem.x[...], problem.dy[...] = 1, 1
+    problem.x[:, 1] = problem.dy[:, 1] = -1
+    assert_same_bits(outputs(_core, problem, 1), outputs(Oracle, problem, 1), isa)
+
+
 @pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize("name", ISAS)
 def test_signature(name: str, threads: int) -> None:

@@ -158,6 +158,24 @@ def test_every_nan_is_the_canonical_one(isa: str, impl: Any, dtype: Any) -> None
     assert_same_bits({"dx": dx}, {"dx": want_dx}, isa)
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("rule", RULES)
+def test_vote_that_is_not_a_number(isa: str, impl: Any, rule: str) -> None:
+    """0 * inf and inf * 0 in u: from a row whose R is tiny beside the others', and from a column whose C is zero."""
+    p = random_problem(38, 40, N, K, rule=rule)
+    p.dy *= F32(1e28)
+    p.x[:, 5] = 0  # acc is 0 in this column
+    p.planes["row_factor"][...] = 1
+    p.planes["row_factor"][::3] = 1e-42
+    p.planes["col_factor"][...] = 1
+    p.planes["col_factor"][::4] = 0
+    want = outputs(Oracle, p, votes=1)
+    assert_same_bits(outputs(impl, p, votes=1), want, isa)
+    if rule == "residual8":
+        assert (want["voted residual"] == p.planes["residual"])[::3, [5, 8]].all()
+        assert (want["voted residual"] != p.planes["residual"])[::3, [1, 2]].any()
+
+
 def small_problems() -> Iterator[Problem]:
     """Zeros of both signs and subnormals wherever a kernel rounds, multiplies, divides or adds."""
     for i, (dtype, rule) in enumerate((d, r) for d in (F32, BF16) for r in RULES):
