@@ -16,6 +16,8 @@ from .optim import DEFAULT_CAP, FlipOptimizer
 from .planes import CONTROL, check, choose_rule, field, new_planes, specs
 
 PREFIX = "onebit_"
+CONTROLS = ("control", "draws")  # float64: saved as bytes
+MOMENTS = ("exp_avg", "exp_avg_sq")
 FOREIGN_LIMIT = 64  # steps of other optimizers while our gradients wait
 
 
@@ -44,54 +46,54 @@ class AutoFlip:
             raise ValueError("AutoFlip: recipe 'frozen' flips nothing")
         self.flip_lr, self.scale_lr, self.rule = flip_lr, scale_lr, rule
         cap = DEFAULT_CAP if flip_rate_cap is None else flip_rate_cap
-        self._options: dict[str, Any] = {"seed": seed, "cap": cap, "betas": betas}
+        self._options: dict[str, Any] = {"seed": seed, "eta": flip_lr, "cap": cap, "betas": betas}
         found = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, BitLinear)]
         self._layers = [(name, weakref.ref(layer)) for name, layer in found]
         self._before: list[tuple[BitLinear, Tensor]] = []
         self._foreign = 0
         self.flip_rate = 0.0
-        self._handles = [
-            register_optimizer_step_pre_hook(self._before_step),
-            register_optimizer_step_post_hook(self._after_step),
-            _LoadHook(self),
-        ]
-        for _, layer in found:
-            layer.__dict__["_auto"] = weakref.ref(self)
+        for index, (_, layer) in enumerate(found):
+            layer._auto = weakref.ref(self)
+            draws = ops.array(layer.control)
+            draws[CONTROL["seed"]], draws[CONTROL["layer"]], draws[CONTROL["micro"]] = seed, index, 0
+        _hooks.active.append(self)
+        _hooks.install()
 
     @staticmethod
     def of(model: nn.Module) -> AutoFlip | None:
         """The handle that flips this model, if any."""
         for layer in model.modules():
-            reference = layer.__dict__.get("_auto")
-            if isinstance(layer, BitLinear) and reference is not None:
-                handle: AutoFlip | None = reference()
+            if isinstance(layer, BitLinear) and layer._auto is not None:
+                handle: AutoFlip | None = layer._auto()
                 return handle
         return None
 
     def remove(self) -> None:
         """Unhook; the layers keep their codes and stop voting."""
-        for handle in self._handles:
-            handle.remove()
+        if self in _hooks.active:
+            _hooks.active.remove(self)
+        if not _hooks.active:
+            _hooks.uninstall()
         for _, reference in self._layers:
             layer = reference()
             if layer is not None:
-                layer._planes = layer._sync = None
-                layer.__dict__.pop("_auto", None)
+                layer._planes = layer._sync = layer._auto = None
 
     # ------------------------------------------------------------------ who owns what
-    def _owned(self, optimizer: torch.optim.Optimizer) -> list[tuple[int, str, BitLinear, dict[str, Any]]]:
-        """Index, name, layer and param group of every layer of ours whose scale is in the optimizer."""
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    def _owned(self, optimizer: torch.optim.Optimizer) -> list[tuple[int, str, BitLinear, int]]:
+        """Index, name, layer and index of the param group of every layer of ours whose scale is in the optimizer."""
+        groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         live = [(i, name, reference()) for i, (name, reference) in enumerate(self._layers)]
-        if all(layer is None for _, _, layer in live):
-            self.remove()
+        if all(layer is None for _, _, layer in live) and self in _hooks.active:
+            _hooks.active.remove(self)  # the model is gone
         return [
             (i, name, layer, groups[id(layer.scale)])
             for i, name, layer in live
             if layer is not None and id(layer.scale) in groups
         ]
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Pre-step hook: refuse what is not finite, remember the scales."""
         owned = [] if isinstance(optimizer, FlipOptimizer) else self._owned(optimizer)
         bad = [name for _, name, layer, _ in owned if _nonfinite(layer) and not _skipped(optimizer)]
         if bad:
@@ -100,7 +102,8 @@ class AutoFlip:
         self._before = [(layer, layer.scale.detach().clone()) for _, _, layer, _ in owned]
 
     @torch.no_grad()
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Post-step hook: scales by our Adam, then flips."""
         owned = self._owned(optimizer)
         if not owned:
             self._count_foreign()
@@ -115,10 +118,10 @@ class AutoFlip:
             state = optimizer.state[layer.scale]
             if PREFIX + "control" not in state:
                 planes = new_planes(layer, self.rule, layer=index, **self._options)
-                planes |= {name: torch.zeros_like(layer.scale) for name in ("exp_avg", "exp_avg_sq")}
-                self._link(optimizer, index, layer, planes)
+                planes |= {name: torch.zeros_like(layer.scale) for name in MOMENTS} | {"draws": layer.control}
+                self._link(optimizer, group, layer, planes)
             if not _skipped(optimizer):
-                self._step(layer, self._ratio(group))
+                self._step(layer, _ratio(optimizer, group))
             moved += field(ops.array(layer._planes["control"]), "moved")  # type: ignore[index]
             total += layer.in_features * layer.out_features
         self.flip_rate = moved / max(total, 1)
@@ -134,26 +137,18 @@ class AutoFlip:
             )
 
     # ------------------------------------------------------------------ one layer
-    @staticmethod
-    def _ratio(group: dict[str, Any]) -> float:
-        initial = float(group.get("initial_lr", group["lr"]))
-        return float(group["lr"]) / initial if initial else 0.0
-
-    def _link(self, optimizer: torch.optim.Optimizer, index: int, layer: BitLinear, planes: dict[str, Tensor]) -> None:
-        """Into the optimizer's state, control as bytes: torch casts what it loads to the scale's float32."""
+    def _link(self, optimizer: torch.optim.Optimizer, group: int, layer: BitLinear, planes: dict[str, Tensor]) -> None:
+        """Into the optimizer's state, controls as bytes: torch casts what it loads to the scale's float32."""
         for name, value in planes.items():
-            optimizer.state[layer.scale][PREFIX + name] = value.view(torch.uint8) if name == "control" else value
-        layer._planes = planes
-        owner, handle, scale_id = weakref.ref(optimizer), weakref.ref(self), id(layer.scale)
+            optimizer.state[layer.scale][PREFIX + name] = value.view(torch.uint8) if name in CONTROLS else value
+        layer._planes, layer.control = planes, planes["draws"]
+        owner, flip_lr = weakref.ref(optimizer), self.flip_lr
         control = ops.array(planes["control"])
 
         def sync() -> None:
-            live, auto = owner(), handle()
-            if live is None or auto is None:
-                return
-            for group in live.param_groups:
-                if any(id(parameter) == scale_id for parameter in group["params"]):
-                    control[CONTROL["eta"]] = auto.flip_lr * auto._ratio(group)
+            live = owner()
+            if live is not None:
+                control[CONTROL["eta"]] = flip_lr * _ratio(live, group)
 
         layer._sync = sync
         sync()
@@ -164,16 +159,16 @@ class AutoFlip:
         control = planes["control"]
         ops.array(control)[CONTROL["eta"]] = self.flip_lr * ratio
         if layer.scale.grad is not None:
-            moments = planes["exp_avg"], planes["exp_avg_sq"]
+            moments = [planes[name] for name in MOMENTS]
             ops.scale_step(layer.scale, layer.scale.grad, *moments, control, self.scale_lr * ratio)
         if field(ops.array(control), "nonfinite") > 0:  # of a step that a scaler skipped
             ops.discard(control, plane_list(planes))
         else:
             ops.flip(layer.weight, control, plane_list(planes))
 
-    def _restore(self, optimizer: torch.optim.Optimizer) -> None:
+    def restore(self, optimizer: torch.optim.Optimizer) -> None:
         """After load_state_dict: back from float32, layer by layer, and on with the votes."""
-        for index, name, layer, _ in self._owned(optimizer):
+        for _, name, layer, group in self._owned(optimizer):
             state = optimizer.state.get(layer.scale, {})
             saved = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
             if not saved:
@@ -181,40 +176,67 @@ class AutoFlip:
             kinds = specs(layer)
             planes = {}
             for key, value in saved.items():
-                if key == "control":
+                if key in CONTROLS:
                     planes[key] = value.to(torch.uint8, copy=True).view(torch.float64)
                 else:
                     planes[key] = value.to(kinds[key][1] if key in kinds else torch.float32, copy=True)
-                if not key.startswith("exp_avg"):
+                if key not in MOMENTS:
                     check(layer, key, planes[key], f"AutoFlip: state of {name!r}")
-            self._link(optimizer, index, layer, planes)
+            self._link(optimizer, group, layer, planes)
 
 
-class _LoadHook:
-    """torch has global hooks for step() but none for load_state_dict: wrap it while an AutoFlip lives."""
+class _Hooks:
+    """The global hooks while an AutoFlip is active: two of torch's, and ours around load_state_dict."""
 
-    _active: list[AutoFlip] = []
-    _original: Any = None
+    def __init__(self) -> None:
+        self.active: list[AutoFlip] = []
+        self._handles: list[Any] = []
+        self._load: Any = None
 
-    def __init__(self, auto: AutoFlip) -> None:
-        self._auto = auto
-        if not self._active:
-            type(self)._original = original = torch.optim.Optimizer.load_state_dict
+    def install(self) -> None:
+        """Once."""
+        if self._handles:
+            return
+        self._handles = [
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(self._after_step),
+        ]
+        self._load = original = torch.optim.Optimizer.load_state_dict
 
-            @functools.wraps(original)
-            def load_state_dict(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
-                original(optimizer, state_dict)
-                for active in list(_LoadHook._active):
-                    active._restore(optimizer)
+        @functools.wraps(original)
+        def load_state_dict(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+            original(optimizer, state_dict)
+            for auto in [*self.active]:
+                auto.restore(optimizer)
 
-            torch.optim.Optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
-        self._active.append(auto)
+        torch.optim.Optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign, assignment]
 
-    def remove(self) -> None:
-        if self._auto in self._active:
-            self._active.remove(self._auto)
-            if not self._active:
-                torch.optim.Optimizer.load_state_dict = self._original  # type: ignore[method-assign]
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for auto in [*self.active]:
+            auto.before_step(optimizer)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for auto in [*self.active]:
+            auto.after_step(optimizer)
+
+    def uninstall(self) -> None:
+        """Leave torch as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._load is not None:
+            torch.optim.Optimizer.load_state_dict = self._load  # type: ignore[method-assign]
+            self._load = None
+
+
+_hooks = _Hooks()
+
+
+def _ratio(optimizer: torch.optim.Optimizer, group: int) -> float:
+    """Where the schedule of a param group stands: lr / initial_lr, 1 without a scheduler."""
+    options = optimizer.param_groups[group]
+    initial = float(options.get("initial_lr", options["lr"]))
+    return float(options["lr"]) / initial if initial else 0.0
 
 
 def _nonfinite(layer: BitLinear) -> bool:

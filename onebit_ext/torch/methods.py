@@ -82,13 +82,14 @@ def prepare(
         known = {id(weight) for weight in shadows}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
         groups = [{"params": shadows, "lr": 1e-3 if lr is None else lr}, {"params": rest, "lr": float_lr}]
-        options = {"betas": (0.9, 0.95), "weight_decay": 0.0} | options
+        options.setdefault("betas", (0.9, 0.95))
+        options.setdefault("weight_decay", 0.0)
         return model, torch.optim.AdamW([group for group in groups if group["params"]], **options)
     model = replace_linear(model, skip)
+    options |= {"residual_bits": residual_bits, "momentum_bits": momentum_bits}
     if method == "frozen":
         options["recipe"] = "frozen"
-    flip = {"residual_bits": residual_bits, "momentum_bits": momentum_bits}
-    return model, FlipOptimizer(model, 0.03 if lr is None else lr, float_lr, scale_lr, **flip, **options)
+    return model, FlipOptimizer(model, 0.03 if lr is None else lr, float_lr, scale_lr, **options)
 
 
 def _shadows(model: nn.Module, skip: Sequence[str], dtype: torch.dtype) -> nn.Module:
@@ -97,7 +98,7 @@ def _shadows(model: nn.Module, skip: Sequence[str], dtype: torch.dtype) -> nn.Mo
         if isinstance(module, BitLinear):
             targets.setdefault(module, []).append(name)
 
-    def make(module: nn.Module) -> nn.Module:
+    def make(module: Any) -> nn.Module:
         if isinstance(module, BitLinear):
             return ShadowLinear.from_bitlinear(module, dtype)
         if hasattr(module, "weight_scale"):

@@ -47,7 +47,7 @@ class CodesParameter(nn.Parameter):
         return self
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         """False; `p.requires_grad = True` over all parameters leaves the codes alone too."""
         return False
 
@@ -100,6 +100,7 @@ class BitLinear(nn.Module):
         self.control = torch.from_numpy(_core.new_control(layer=next(_ids)))  # random position where nothing votes
         self._planes: dict[str, Tensor] | None = None  # the optimizer's, while one is attached
         self._sync: Callable[[], None] | None = None  # brings the learning rate of a foreign optimizer
+        self._auto: Callable[[], Any] | None = None  # weakref of the AutoFlip that owns the layer
         self._inverse: Tensor | None = None  # weight_scale as loaded, kept verbatim until s changes
         self._register()
 
@@ -129,14 +130,16 @@ class BitLinear(nn.Module):
         if codes.ndim != 2 or not torch.equal(signs.to(codes.dtype), codes.detach()) or bool((signs.abs() > 1).any()):
             raise ValueError(f"BitLinear.from_codes: 'codes' must be (N, K) with values -1, 0, 1, got {_text(codes)}")
         value = torch.as_tensor(scale, dtype=torch.float32).reshape(-1)
-        return cls.from_packed(torch.from_numpy(_core.pack(signs.numpy())), value, tuple(codes.shape), bias)
+        return cls.from_packed(
+            torch.from_numpy(_core.pack(signs.numpy())), value, (codes.shape[0], codes.shape[1]), bias
+        )
 
     @classmethod
     def from_float(cls, weight: Tensor, bias: Tensor | None = None, scale: str = "tensor") -> Self:
         """From a float weight (N, K) by absmean; a row scale starts at the tensor's."""
         packed, value = _absmean(weight)
         value = value.repeat(weight.shape[0]) if scale == "row" else value
-        return cls.from_packed(packed, value, tuple(weight.shape), bias)
+        return cls.from_packed(packed, value, (weight.shape[0], weight.shape[1]), bias)
 
     # ------------------------------------------------------------------ using
     def forward(self, x: Tensor) -> Tensor:
@@ -194,7 +197,11 @@ class BitLinear(nn.Module):
         self._register()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_planes": None, "_sync": None}  # training state belongs to the optimizer
+        return self.__dict__ | {
+            "_planes": None,
+            "_sync": None,
+            "_auto": None,
+        }  # training state belongs to the optimizer
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -212,9 +219,10 @@ class BitLinear(nn.Module):
             rows = torch.empty((n // 4, k), dtype=torch.uint8, device="meta")
         else:
             rows = torch.from_numpy(_core.convert(ops.array(weight), (n, k), "tile16", "rows4"))
-        verbatim = self._inverse is not None and torch.equal(1 / self._inverse, scale.detach())
-        destination[prefix + "weight"] = rows
-        destination[prefix + "weight_scale"] = self._inverse.clone() if verbatim else 1 / scale.detach()
+        loaded, inverse = self._inverse, 1 / scale.detach()
+        if loaded is not None and torch.equal(1 / loaded, scale.detach()):
+            inverse = loaded.clone()
+        destination[prefix + "weight"], destination[prefix + "weight_scale"] = rows, inverse
 
     def _load_from_state_dict(
         self,

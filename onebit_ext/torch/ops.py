@@ -99,7 +99,7 @@ def _linear_outputs(x: Tensor, out_features: int, keep: bool) -> tuple[Tensor, T
 
 
 @linear.register_fake
-def _(x, weight, scale, bias, out_features, keep, control, planes):  # type: ignore[no-untyped-def]
+def _(x, weight, scale, bias, out_features, keep, control, planes):
     return _linear_outputs(x, out_features, keep)
 
 
@@ -115,7 +115,7 @@ def linear_backward_input(dy: Tensor, weight: Tensor, scale: Tensor, control: Te
 
 
 @linear_backward_input.register_fake
-def _(dy, weight, scale, control, in_features):  # type: ignore[no-untyped-def]
+def _(dy, weight, scale, control, in_features):
     return dy.new_empty((*dy.shape[:-1], in_features))
 
 
@@ -163,7 +163,7 @@ def vote(
 
 
 @vote.register_fake
-def _(dy, xq, sx, weight, scale, in_features, control, planes, want_bias):  # type: ignore[no-untyped-def]
+def _(dy, xq, sx, weight, scale, in_features, control, planes, want_bias):
     return torch.empty_like(scale), dy.new_empty((dy.shape[-1] if want_bias else 0,), dtype=torch.float32)
 
 
@@ -191,16 +191,15 @@ def _linear_backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     _refuse_double_backward()
     weight, scale, xq, sx = ctx.saved_tensors
     need_x, _, need_scale, need_bias = ctx.needs_input_grad[:4]
-    dx = ds = db = None
+    dx = ds = None
     if need_x:  # before the votes: they move control's random position on
         dx = linear_backward_input(dy, weight, scale, ctx.control, ctx.in_features)
     if need_scale:
         ds, db = vote(dy, xq, sx, weight, scale, ctx.in_features, ctx.control, ctx.planes, need_bias)
     else:
         ctx.control.narrow(0, CONTROL["micro"], 1).add_(1.0)
-        db = _rows(dy).sum(0, dtype=torch.float32) if need_bias else None
-    db = db.to(ctx.bias_dtype) if need_bias else None
-    return dx, None, ds, db, None, None, None, none
+        db = _rows(dy).sum(0, dtype=torch.float32)
+    return dx, None, ds, db.to(ctx.bias_dtype) if need_bias else None, None, None, None, none
 
 
 linear.register_autograd(_linear_backward, setup_context=_linear_setup)
@@ -249,7 +248,7 @@ def shadow_linear(
 
 
 @shadow_linear.register_fake
-def _(x, weight, bias, control):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, control):
     n, k = weight.shape
     packed = weight.new_empty(((n + 63) // 64, (k + 15) // 16, 4, 16, 4), dtype=torch.uint8)
     y, xq, sx = _linear_outputs(x, n, True)

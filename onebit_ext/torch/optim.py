@@ -108,7 +108,7 @@ class FlipOptimizer(torch.optim.Optimizer):
             self._names.update({layer: name for name, layer in found})
             owned = [tensor for _, layer in found for tensor in (layer.weight, layer.scale)]
             params = owned + [parameter for parameter in params.parameters() if parameter.requires_grad]
-        entries = [entry[1] if isinstance(entry, tuple) else entry for entry in params]
+        entries: list[Any] = [entry[1] if isinstance(entry, tuple) else entry for entry in params]
         if not entries:
             raise ValueError("FlipOptimizer: got no parameters")
         given = entries if isinstance(entries[0], dict) else [{"params": entries}]
@@ -184,7 +184,7 @@ class FlipOptimizer(torch.optim.Optimizer):
         layer._planes = state
 
     def _codes_groups(self) -> list[_CodesGroup]:
-        return [group for group in self.param_groups if group["kind"] == "codes"]
+        return [group for group in self.param_groups if isinstance(group, _CodesGroup)]
 
     def _refresh_controls(self) -> None:
         for group in self._codes_groups():
@@ -200,7 +200,7 @@ class FlipOptimizer(torch.optim.Optimizer):
         return sum(field(control_of(layer), "moved") for layer in self._layers) / max(total, 1)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Scales, floats, then flips.  Raises before any write if a layer met a non-finite gradient."""
         loss = None
         if closure is not None:
@@ -321,14 +321,12 @@ class FlipOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         self.param_groups = [_CodesGroup(group) if group["kind"] == "codes" else group for group in self.param_groups]
         self._share_with_adamw()
+        for state in self.state.values():  # torch keeps the caller's tensors, and we write in place
+            state.update({name: value.clone() for name, value in state.items() if isinstance(value, Tensor)})
         for layer in self._layers:
             state = self.state[layer.weight]
-            for name in state:  # torch keeps the caller's tensors, and we write in place
-                state[name] = state[name].clone()
             layer.control = state["draws"]
             layer._planes = state if "residual" in state else None
-            for name, moment in self.state.get(layer.scale, {}).items():
-                self.state[layer.scale][name] = moment.clone()
         self._refresh_controls()
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:

@@ -97,7 +97,7 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module).__name__ in ("BitLinear", "AutoBitLinear", "BitNetLinear")
 
 
-def _check_weight(module: nn.Module, where: str) -> None:
+def _check_weight(module: Any, where: str) -> None:
     weight = module.weight.detach()
     if weight.is_meta:
         raise ValueError(f"{where} has no values yet (meta device)")
@@ -108,7 +108,7 @@ def _check_weight(module: nn.Module, where: str) -> None:
         raise ValueError(f"{where} has a non-finite weight")
 
 
-def convert(module: nn.Module, scale: str = "tensor") -> BitLinear:
+def convert(module: Any, scale: str = "tensor") -> BitLinear:
     """A BitLinear with the same function as one linear layer (see `replace_linear`)."""
     weight, bias = module.weight.detach(), module.bias
     if weight.dtype == torch.uint8:  # transformers BitLinear: row blocks, inverse scale

@@ -10,10 +10,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from onebit_ext import _core  # noqa: E402
+
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
+def _seeded_on_one_core() -> Iterator[None]:
     torch.manual_seed(7)
+    _core.set_num_threads(1)
     yield

@@ -41,7 +41,8 @@ def cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             bias = torch.randn(N, requires_grad=True)
             s = scale.clone().requires_grad_()
             found[f"linear-{name}"] = ops.linear, (xd, weight, s, bias, N, True, control(), planes(rule))
-            found[f"linear-rows-{name}"] = ops.linear, (xd, weight, rows, None, N, True, control(), planes(rule))
+            if dtype == torch.float32:
+                found[f"linear-rows-{name}"] = ops.linear, (xd, weight, rows, None, N, True, control(), planes(rule))
             args = (dy.to(dtype), xq, sx, weight, scale, K, control(), planes(rule), dtype == torch.float32)
             found[f"vote-{name}"] = ops.vote, args
         if rule is not None:

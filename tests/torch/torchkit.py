@@ -53,7 +53,9 @@ def loss_of(model: nn.Module, step: int) -> Tensor:
     return torch.nn.functional.cross_entropy(model(x).flatten(0, 1).float(), target.flatten())
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int, scheduler: Any = None) -> list[float]:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int, scheduler: Any = None
+) -> list[float]:
     losses = []
     for step in range(first, last):
         loss = loss_of(model, step)
@@ -90,16 +92,18 @@ def setup(recipe: str) -> tuple[Net, ot.FlipOptimizer, torch.optim.lr_scheduler.
     return model, optimizer, scheduled(optimizer)
 
 
-def resume(recipe: str, source: str, target: str) -> None:
-    """In a fresh process: load, train steps 10 to 20, save."""
+def resume(source: str, target: str) -> None:
+    """In a fresh process: for every recipe load, train steps 10 to 20, save."""
     torch.set_num_threads(1)
-    model, optimizer, scheduler = setup(recipe)
-    saved = torch.load(source, weights_only=True)
-    model.load_state_dict(saved["model"])
-    scheduler.load_state_dict(saved["scheduler"])
-    optimizer.load_state_dict(saved["optimizer"])
-    train(model, optimizer, 10, 20, scheduler)
-    torch.save(snapshot(model, optimizer), target)
+    ends = {}
+    for recipe, saved in torch.load(source, weights_only=True).items():
+        model, optimizer, scheduler = setup(recipe)
+        model.load_state_dict(saved["model"])
+        scheduler.load_state_dict(saved["scheduler"])
+        optimizer.load_state_dict(saved["optimizer"])
+        train(model, optimizer, 10, 20, scheduler)
+        ends[recipe] = snapshot(model, optimizer)
+    torch.save(ends, target)
 
 
 if __name__ == "__main__":
