@@ -71,8 +71,8 @@ class Folder:
     """A transformers checkpoint folder with ternary layers, or with floats that absmean makes ternary.
 
     config: config.json.  form: how the layers are stored.  tensors: every tensor.  linears: names of the ternary
-    layers.  others: names of the tensors that belong to none of them.  Raises CheckpointError if the folder is incomplete or
-    contradicts itself; layers are checked when they are read.
+    layers.  others: names of the tensors that belong to none of them.  dtype: the model's.  Raises CheckpointError if
+    the folder is incomplete or contradicts itself; layers are checked when they are read.
 
     skip: names (patterns) of modules that stay floats, instead of the config's.
     """

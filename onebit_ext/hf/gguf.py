@@ -99,6 +99,7 @@ def write_gguf(
     arch, kind = _architecture(source, to), KINDS[to]
     with new_file(Path(path), overwrite) as part:
         writer = GGUFWriter(part, arch, use_temp_file=True)  # the header comes before the tensors and needs them all
+        writer.add_name(Path(path).stem)
         _add_model_keys(writer, source.config, kind)
         add_tokenizer(writer, tokenizer, source.config["vocab_size"], source.config, tokenizer_pre)
         for name, data, shape, tensor_type in _tensors(source, arch, kind, progress):
@@ -132,7 +133,6 @@ def _architecture(source: Source, to: str) -> str:
 def _add_model_keys(writer: Any, config: dict[str, Any], kind: Kind) -> None:
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    writer.add_name(config.get("_name_or_path") or config["model_type"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
