@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from . import UserError
@@ -12,6 +12,9 @@ from . import UserError
 SUBCOMMANDS = (
     "info",
     "demo",
+    "convert",
+    "inspect",
+    "bench",
 )  # a module each, with HELP, DESCRIPTION, add_arguments(parser) and run(args) -> exit code
 
 DESCRIPTION = """\
@@ -61,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
-def integer(low: int, high: int) -> object:
+def integer(low: int, high: int) -> Callable[[str], int]:
     """An argparse type: an integer in [low, high]."""
 
     def parse(text: str) -> int:

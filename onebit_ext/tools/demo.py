@@ -39,9 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps",
         type=integer(1, 10**6),
-        default=STEPS,
         metavar="N",
-        help="steps of stage 1; each arm of stage 2 takes 3/5 of it (default %(default)s)",
+        help=f"steps of stage 1, each arm of stage 2 takes 3/5 of it (default {STEPS}); or of --numpy (default 700)",
     )
     parser.add_argument(
         "--seed",
@@ -99,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise cannot_write(args.out, error) from None
     result["seconds"] = time.perf_counter() - start
-    judged = args.text is None and args.steps == STEPS
+    judged = args.text is None and args.steps in (None, STEPS)
     passed = report(console, result, judged, args.out)
     (args.out / "demo.json").write_text(json.dumps(result, indent=2))
     if args.json:
@@ -115,8 +114,8 @@ def train(args: argparse.Namespace, console: Console, code: text.Corpus, target:
     from onebit_ext.torch.demo.stages import Side, Stages
 
     torch.set_num_threads(args.threads)
-    sides = [Side(corpus.train, corpus.held_out) for corpus in (code, target)]
-    stages = Stages(console, *sides, steps=args.steps, seed=args.seed, out=args.out)
+    source, aim = (Side(corpus.train, corpus.held_out) for corpus in (code, target))
+    stages = Stages(console, source, aim, args.steps or STEPS, args.seed, args.out)
     stages.pretrain()
     stages.finetune()
     return stages.result

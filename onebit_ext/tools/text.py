@@ -52,7 +52,8 @@ class Corpus:
 def standard_library() -> Corpus:
     """The standard library's .py files (about 8 MB); held out by the hash of the path."""
     root = Path(sysconfig.get_path("stdlib"))
-    train, held_out = [], []
+    train: list[bytes] = []
+    held_out: list[bytes] = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith(SKIPPED))
         for path in sorted(Path(folder, name) for name in files if name.endswith(".py")):

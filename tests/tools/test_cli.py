@@ -19,8 +19,8 @@ def run(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("arguments", [[], *([name] for name in SUBCOMMANDS)])
 def test_help_says_what_it_does(arguments: list[str]) -> None:
     shown = run(*arguments, "--help").stdout
-    assert "usage: onebit-ext" in shown
-    assert "torch" in shown or "ONEBIT_ISA" in shown
+    assert " ".join(["usage: onebit-ext", *arguments]) in shown
+    assert len(shown.splitlines()) > 8
 
 
 def test_info() -> None:
@@ -59,12 +59,12 @@ def test_numpy_demo_never_imports_torch(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "from onebit_ext.tools.cli import main\n"
-        f"sys.exit(main(['demo', '--numpy', '--json', '--steps', '40', '--threads', '1', '--out', {str(tmp_path)!r}]))"
+        f"sys.exit(main(['demo', '--numpy', '--json', '--steps', '80', '--threads', '1', '--out', {str(tmp_path)!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     losses = list(result["losses"].values())
-    assert losses[-1] < losses[0] - 1  # it learns, already in 40 steps
+    assert losses[-1] < losses[0] - 1  # it learns, already in 80 steps
     assert losses[-1] < result["baselines"]["unigram"]
     assert result["changed"] > 0

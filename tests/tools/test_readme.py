@@ -24,11 +24,11 @@ def test_there_is_one_example_per_level() -> None:
 
 def test_torch_example_learns() -> None:
     pytest.importorskip("torch")
-    assert float(output(BLOCKS[0]).split()[-1]) < 0.5
+    assert float(output(BLOCKS[0]).split()[-1]) < 0.2
 
 
 def test_numpy_example_learns() -> None:
-    assert int(output(BLOCKS[1]).split()[-1].rstrip("%\n")) > 90
+    assert int(output(BLOCKS[1]).split()[-1].rstrip("%\n")) >= 99
 
 
 def test_what_the_readme_points_to_exists() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +43,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, time, width = x.shape
-        q, k, v = self.qkv(self.norm_qkv(x)).view(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v, is_causal=True)
+        qkv = self.qkv(self.norm_qkv(x)).view(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = _rotate(qkv[:2], cos, sin)
+        y = F.scaled_dot_product_attention(q, k, qkv[2], is_causal=True)
         x = x + self.out(self.norm_out(y.transpose(1, 2).reshape(batch, time, width)))
         gate, up = self.gate_up(self.norm_up(x)).chunk(2, -1)
         return x + self.down(self.norm_down(F.silu(gate) * up))
@@ -61,6 +63,8 @@ class ByteTransformer(nn.Module):
     """
 
     context = 128  # longest T
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, width: int = 128, layers: int = 2, heads: int = 4, hidden: int = 384) -> None:
         super().__init__()
@@ -87,8 +91,8 @@ class ByteTransformer(nn.Module):
         logits = self(window[:, :-1])
         return F.cross_entropy(logits.reshape(-1, VOCABULARY), window[:, 1:].reshape(-1))
 
-    def linears(self) -> list[nn.Module]:
-        """The layers that are ternary in the demo, whatever class they have now."""
+    def linears(self) -> list[Any]:
+        """The layers that are ternary in the demo: modules with in_features and out_features."""
         return [layer for block in self.blocks for layer in (block.qkv, block.out, block.gate_up, block.down)]
 
     def float_parameters(self) -> list[nn.Parameter]:

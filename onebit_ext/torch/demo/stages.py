@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-
-import torch
 from torch import Tensor, nn
 
 from .. import FlipOptimizer, prepare, replace_linear
