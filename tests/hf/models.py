@@ -139,3 +139,25 @@ def byte_tokenizer(merges: list[tuple[str, str]] | None = None) -> Any:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **specials)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}</s>{% endfor %}"
     return tokenizer
+
+
+IDS = torch.arange(48).view(1, 48) * 37 % 250
+
+
+def stock_logits(path: Path, ids: Tensor = IDS, dtype: torch.dtype | str = "auto") -> Tensor:
+    """What stock transformers computes from a folder in `dtype`; its compiled helpers run eagerly."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)(ids).logits.float()
+
+
+def logits(model: Any, ids: Tensor = IDS) -> Tensor:
+    """What a model of ours computes, float32."""
+    with torch.no_grad():
+        return model(ids).logits.float()
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    """rms of the difference over the standard deviation of `want`."""
+    return float((got - want).pow(2).mean().sqrt() / want.std())
