@@ -27,7 +27,7 @@ def representable(format: str, n: int) -> bool:
 
 
 def test_names() -> None:
-    assert _core.FORMATS == (*PLAIN, "tq2_0", "tq1_0", "i2_s")
+    assert (*PLAIN, "tq2_0", "tq1_0", "i2_s") == _core.FORMATS
 
 
 @pytest.mark.parametrize("format", PLAIN)
