@@ -156,7 +156,7 @@ def array_cases(argument: str, array: np.ndarray, kind: Arr) -> Iterator[Case]:
 
 
 def overlap_cases(target: Target) -> Iterator[Case]:
-    """Each output laid over each other array: exactly, by its first and by its last 64 bytes or less."""
+    """Each output laid over each other array: exactly, and by one element at either end."""
     legal = target.make()
     arrays = {name: legal[name] for name, kind in target.kinds.items() if isinstance(kind, Arr)}
     arrays |= {f"planes.{name}": a for name, a in legal.get("planes", {}).items() if legal["planes"] is not None}
@@ -170,8 +170,9 @@ def overlap_cases(target: Target) -> Iterator[Case]:
     def lay(output: str, other: str, place: str) -> Callable[[dict[str, Any]], None]:
         def change(arguments: dict[str, Any]) -> None:
             a, b = arrays[output], arrays[other]
-            first = {"exact": 0, "head": (b.nbytes - 1) // 64 * 64, "tail": 0}[place]
-            second = (a.nbytes - 1) // 64 * 64 if place == "tail" else 0
+            fine = 64 if "packed" in (output, other) else max(a.itemsize, b.itemsize)
+            first = (b.nbytes - 1) // fine * fine if place == "head" else 0
+            second = (a.nbytes - 1) // fine * fine if place == "tail" else 0
             block = ob.empty(a.nbytes + b.nbytes + 128, np.uint8)
             for name, array, at in ((output, a, first), (other, b, second)):
                 view = np.frombuffer(block.data, array.dtype, array.size, at).reshape(array.shape)

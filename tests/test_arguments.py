@@ -323,3 +323,19 @@ def test_a_non_finite_activation_is_found_by_the_votes() -> None:
     with pytest.raises(FloatingPointError, match="layer 1"):
         made.backward(DY)
     assert digest(made) == before
+
+
+@pytest.mark.parametrize("twin", [False, True])
+def test_the_stateless_functions_count_non_finite_gradients(twin: bool) -> None:
+    core = _core.reference if twin else _core
+    arguments, control = kept(), ob.new_control()
+    dy, packed, scale = arguments["dy"], arguments["packed"], arguments["scale"]
+    dy[3, 4] = np.inf
+    dx = core.linear_backward_input(dy, packed, scale, K, control)
+    assert np.isnan(dx[3]).all() and np.isfinite(np.delete(dx, 3, 0)).all() and control[_core.CONTROL["nonfinite"]] == 1
+    ds, db = np.zeros(N, np.float32), np.zeros(N, np.float32)
+    core.vote(**arguments, control=control, ds=ds, db=db)
+    assert np.isnan(ds).all() and np.isnan(db).all() and control[_core.CONTROL["nonfinite"]] == 2
+    state = ob.new_planes(N, K)
+    core.vote(**arguments, planes=state)
+    assert state["control"][_core.CONTROL["nonfinite"]] == 1 and not state["row_sum"].any()

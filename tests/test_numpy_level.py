@@ -158,6 +158,7 @@ def test_forward_and_backward_take_any_leading_shape(dtype: Any, leading: tuple[
 def test_training_is_the_oracles(recipe: str) -> None:
     """Forward, backward and step against NumPy, every hyper-parameter off its default."""
     layer = ob.TernaryLinear(70, 83, scale="row", bias=True, seed=9)
+    layer.scale[:] = np.linspace(0.05, 0.2, 83, dtype=np.float32)
     options = {"lr": 0.4, "scale_lr": 3e-3, "betas": (0.7, 0.85), "flip_rate_cap": 0.004, "seed": 5, "bias_lr": 2e-2}
     opt = ob.FlipOptimizer([ob.TernaryLinear(3, 2), layer], recipe=recipe, **options)
     planes = ob.new_planes(83, 70, opt.rule, seed=5, layer=1, eta=0.4, cap=0.004, betas=(0.7, 0.85))
@@ -328,6 +329,7 @@ def run(layer: ob.TernaryLinear, opt: ob.FlipOptimizer, steps: range) -> None:
 @pytest.mark.parametrize("recipe", ["finetune", "pretrain"])
 def test_resuming_is_never_having_stopped(recipe: str) -> None:
     layer, opt = pair(recipe=recipe, seed=3)
+    opt.scale_lr, opt.bias_lr = 3e-3, 2e-2
     run(layer, opt, range(10))
     state = opt.state_dict()
     packed = ob.empty(layer.packed.shape, np.uint8)
