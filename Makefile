@@ -1,4 +1,4 @@
-# make demo | test: each sets up .venv by itself.  PYTHON=python3.12 picks the interpreter, ARGS="..." goes to the demo or to pytest,
+# make demo | test | check-arm: each sets up .venv by itself.  PYTHON=python3.12 picks the interpreter, ARGS="..." goes to the demo or to pytest,
 # SLOW=1 adds the slow tests.
 PYTHON ?= python3
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
@@ -9,7 +9,7 @@ C_FILES = $(wildcard csrc/*.h csrc/*/*.[ch] tests/c/*.[ch])
 TEST_PACKAGES := transformers accelerate trl datasets gguf onebitllms pytest hypothesis pytest-run-parallel ruff mypy clang-format
 PY_FILES = setup.py onebit_ext tests
 
-.PHONY: build demo test lint format clean
+.PHONY: build demo test check-arm lint format clean
 .DEFAULT_GOAL := build
 
 build: $(VENV)/.demo
@@ -20,6 +20,11 @@ demo: build
 
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(if $(SLOW),,-m "not slow") $(ARGS)
+
+check-arm: $(VENV)/.test build
+	$(call need,command -v aarch64-linux-gnu-gcc,a compiler for AArch64,gcc-aarch64-linux-gnu libc6-dev-arm64-cross)
+	$(call need,command -v qemu-aarch64,an emulator of AArch64,qemu-user)
+	$(PY) -m pytest tests/c/test_isa_check.py -k aarch64
 
 lint: export ONEBIT_WERROR = 1
 lint: $(VENV)/.test build

@@ -13,7 +13,7 @@
 #include "panels_avx2.h"
 
 #define OB_ISA_NAME avx2
-#define OB_FORWARD_ROWS 5 /* 10 sums, two registers of codes, mask, broadcast, product: 6 rows spill */
+#define OB_FORWARD_ROWS 5 /* 10 sums, two codes, mask, broadcast, product: 6 rows spill */
 #define OB_INPUT_ROWS 5
 #define OB_WEIGHT_ROWS 6
 

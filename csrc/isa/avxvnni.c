@@ -31,12 +31,13 @@ dot4(__m256i sum, __m256i u8, __m256i s8)
     return sum;
 }
 
+#define THREES 0x0303030303030303u
+
 /* The unsigned side of the p-th four contraction entries of a step: codes of the 2-bit plane, or bytes of a panel. */
 OB_INLINE __m256i
 packed_codes(const uint8_t *at, int p)
 {
-    static const OB_ALIGNED(32) uint8_t three[32] = {3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3,
-                                                     3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3, 3};
+    static const OB_ALIGNED(32) uint64_t three[4] = {THREES, THREES, THREES, THREES};
     __asm__ volatile("" : "+r"(at)); /* loads the bytes again for each p: no register is left */
     __m256i w = _mm256_srli_epi16(LOAD256(at), 2 * p);
     __asm__("vpand %1, %0, %0" : "+x"(w) : "m"(three)); /* nor for the mask */
