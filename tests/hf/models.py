@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -61,6 +62,12 @@ def rows4(codes: Tensor) -> Tensor:
     bits = (codes + 1).to(torch.uint8)
     n = codes.shape[0] // 4
     return bits[:n] | bits[n : 2 * n] << 2 | bits[2 * n : 3 * n] << 4 | bits[3 * n :] << 6
+
+
+def i2_s(codes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """bitnet.cpp's grouping, written out."""
+    bits = (codes + 1).astype(np.uint8).reshape(-1, 4, 32)
+    return (bits[:, 0] << 6 | bits[:, 1] << 4 | bits[:, 2] << 2 | bits[:, 3]).reshape(-1)
 
 
 def build(
