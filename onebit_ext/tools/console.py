@@ -89,16 +89,16 @@ class Console:
             return
         column = rich.progress.TextColumn
         with rich.progress.Progress(
-            column("  {task.description:<24}"),
+            column("  {task.description:<17}"),
             rich.progress.BarColumn(24),
-            rich.progress.MofNCompleteColumn(),
+            rich.progress.TaskProgressColumn(),
             column("{task.fields[values]}"),
-            rich.progress.TimeRemainingColumn(),
+            rich.progress.TimeRemainingColumn(compact=True),
             console=self.rich,
         ) as progress:
             yield RichTrack(self, label, total, progress)
 
 
 def _values(loss: float, flip_rate: float | None) -> str:
-    flips = "" if flip_rate is None else f"  flips {100 * flip_rate:5.3f} %"
-    return f"loss {loss:.3f}  {loss / math.log(2):.3f} bits/byte{flips}"
+    flips = "" if flip_rate is None else f" flips {100 * flip_rate:.2f} %"
+    return f"loss {loss:.3f} {loss / math.log(2):.3f} bits/byte{flips}"

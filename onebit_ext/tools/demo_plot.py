@@ -45,7 +45,7 @@ def panel(axes: Axes, title: str, curves: list[Curve], baselines: dict[str, floa
     lines = {name: baselines[name] for name in ("trigram", "zlib -9")}
     final = [losses[-1] for _, _, _, losses in curves] + list(lines.values())
     low = min(final) - 0.08
-    high = min(max([*final, *(losses[0] for _, _, _, losses in curves)]) + 0.06, max(final) + 0.8)
+    high = min(max(max(losses) for _, _, _, losses in curves), max(final) + 0.8) + 0.06
     axes.set(
         title=title,
         xlabel="step",
