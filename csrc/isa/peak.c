@@ -22,6 +22,21 @@
 PEAK(multiply_avx2, "vpmaddubsw", "ymm")
 PEAK(multiply_avxvnni, "%{vex%} vpdpbusd", "ymm")
 PEAK(multiply_avx512vnni, "vpdpbusd", "zmm")
+#elif defined(__aarch64__)
+#define PEAK(name, instruction, sums, bytes)                                                 \
+    static void name(size_t rounds)                                                          \
+    {                                                                                        \
+        __asm__ volatile(".arch armv8.2-a+dotprod\n1:\n"                                     \
+                         ".irp i,0,1,2,3,4,5,6,7,8,9,10,11\n" instruction " v\\i\\()." sums  \
+                         ",v14." bytes ",v15." bytes "\n.endr\n"                             \
+                         "subs %0,%0,#1\nb.ne 1b"                                            \
+                         : "+r"(rounds)                                                      \
+                         :                                                                   \
+                         : "cc", "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v8", "v9", \
+                           "v10", "v11");                                                    \
+    }
+PEAK(multiply_neon, "smlal", "8h", "8b")
+PEAK(multiply_neondot, "sdot", "4s", "16b")
 #endif
 
 static const struct {
@@ -33,6 +48,9 @@ static const struct {
     {"avx2", 32, multiply_avx2},
     {"avxvnni", 32, multiply_avxvnni},
     {"avx512vnni", 64, multiply_avx512vnni},
+#elif defined(__aarch64__)
+    {"neon", 8, multiply_neon},
+    {"neondot", 16, multiply_neondot},
 #endif
     {"", 0, NULL},
 };

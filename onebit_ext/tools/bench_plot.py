@@ -28,10 +28,10 @@ def roofline(rows: Sequence[Row], threads: int, path: Path) -> bool:
     if not gemv:
         return False
     figure, axes = plt.subplots(figsize=(8, 5.4), layout="constrained")
-    read = Spread(gemv[0].alternation.rates(READ, "B")).median
-    peaks = [Spread(row.alternation.rates(PEAK, "MAC")).median for row in forward if PEAK in row.alternation.contenders]
-    intensity = [2.0**i for i in range(-3, 12)]
-    top = max(peaks) if peaks else float("inf")
+    read = max(rate for row in gemv for rate in row.alternation.rates(READ, "B"))  # a roof: the best that was seen
+    peaks = [max(row.alternation.rates(PEAK, "MAC")) for row in forward if PEAK in row.alternation.contenders]
+    top = max(peaks, default=float("inf"))
+    intensity = sorted([2.0**-3, 2.0**11, min(top / read, 2.0**11)])
     axes.plot(intensity, [min(read * x, top) / 1e9 for x in intensity], color=INK, linewidth=1.2)
     place: dict[str, Any] = {"color": INK, "textcoords": "offset points"}
     axes.annotate(f"plain read {read / 1e9:.1f} GB/s", (0.2, read * 0.2 / 1e9), xytext=(10, -10), **place)
@@ -84,11 +84,18 @@ def growth(curves: Sequence[Growth], path: Path) -> None:
                 linestyle=(0, (2, 3)),
             )
         axes.set(xscale="log", yscale="log", xlabel=variable, ylabel="ms")
+        ticks = [value for value in _values(curves, variable) if value & (value - 1) == 0]
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.set_xticks([], minor=True)
         axes.legend(frameon=False, fontsize=8, loc="lower left" if variable == "threads" else "upper left")
     for axes in list(panels.flat)[len(variables) :]:
         axes.set_visible(False)
     figure.suptitle("time against each size (dotted: proportional)", x=0.01, ha="left", color=INK, fontsize=11)
     _save(figure, path)
+
+
+def _values(curves: Sequence[Growth], variable: str) -> list[int]:
+    return next(curve.values for curve in curves if curve.variable == variable)
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
