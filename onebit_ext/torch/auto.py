@@ -161,10 +161,7 @@ class AutoFlip:
         if layer.scale.grad is not None:
             moments = [planes[name] for name in MOMENTS]
             ops.scale_step(layer.scale, layer.scale.grad, *moments, control, self.scale_lr * ratio)
-        if field(ops.array(control), "nonfinite") > 0:  # of a step that a scaler skipped
-            ops.discard(control, plane_list(planes))
-        else:
-            ops.flip(layer.weight, control, plane_list(planes))
+        ops.flip(layer.weight, control, plane_list(planes))
 
     def restore(self, optimizer: torch.optim.Optimizer) -> None:
         """After load_state_dict: back from float32, layer by layer, and on with the votes."""

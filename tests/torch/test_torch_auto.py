@@ -92,7 +92,8 @@ def test_the_rate_follows_the_schedule_of_the_step() -> None:
     train(model, optimizer, 0, 2, scheduler)
     loss_of(model, 2).backward()
     assert model.up._planes is not None
-    assert model.up._planes["control"][C["eta"]].item() == pytest.approx(0.1 * (1 - 2 / 40))
+    control = model.up._planes["control"]
+    assert control[C["eta"]].item() == pytest.approx(0.1 * (1 - 2 / 40)) and control[C["eta_peak"]] == 0.1
 
 
 def halves(recipe: str, name: str, split: bool) -> dict[str, torch.Tensor]:

@@ -67,6 +67,13 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(operator, args)
 
 
+def test_functional_operators_write_nothing_even_where_gradients_are_not_finite() -> None:
+    layer, before = BitLinear(K, N), control()
+    after = before.clone()
+    dx = ops.linear_backward_input(torch.full((2, N), torch.inf), layer.weight, layer.scale, after, K)
+    assert dx.isnan().all() and torch.equal(before, after)
+
+
 def test_every_operator_is_checked() -> None:
     checked = {operator._opoverload._schema.name for operator, _ in CASES.values()}
     registered = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("onebit::")}

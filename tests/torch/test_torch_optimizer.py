@@ -108,6 +108,16 @@ def test_codes_only() -> None:
     assert changed == {"model.up.weight", "model.down.weight"}
 
 
+def test_scales_have_their_own_betas() -> None:
+    model = net()
+    optimizer = FlipOptimizer(model, betas=(0.8, 0.9))
+    optimizer.param_groups[1]["betas"] = (0.5, 0.75)
+    train(model, optimizer, 0, 2)
+    control = optimizer.state[model.up.weight]["control"]
+    assert [control[C[name]] for name in ("beta1_power", "beta2_power")] == [0.25, 0.5625]
+    assert [control[C[name]] for name in ("beta1", "beta2")] == [0.8, 0.9]
+
+
 def test_a_scale_round_trips_before_its_first_step() -> None:
     layer = BitLinear.from_float(torch.randn(16, 16))
     assert torch.equal(1 / (1 / layer.scale), layer.scale)
@@ -128,8 +138,9 @@ def test_zero_grad_leaves_votes(zero: Any) -> None:
 
 def test_unused_layer_is_untouched() -> None:
     model = net()
-    optimizer = FlipOptimizer(model)
+    optimizer = FlipOptimizer(model, lr=0.5)
     train(model, optimizer, 0, 3)
+    assert optimizer.state[model.down.weight]["control"][C["moved"]] > 0
     before = snapshot(model, optimizer)
     model.up(torch.randn(3, 20)).sum().backward()
     optimizer.step()
@@ -166,7 +177,10 @@ def test_freezing_and_thawing() -> None:
     model.up.scale.requires_grad_(True)
     model.down.scale.requires_grad_(False)
     down = model.down.codes()
-    train(model, optimizer, 5, 10)
+    train(model, optimizer, 5, 6)
+    optimizer.param_groups[0]["lr"] = 0.21
+    assert optimizer.state[model.up.weight]["control"][C["eta"]] == 0.21
+    train(model, optimizer, 6, 10)
     assert not torch.equal(up, model.up.codes()) and torch.equal(down, model.down.codes())
 
 

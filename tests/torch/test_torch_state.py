@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchkit import net, same, snapshot
 
 from onebit_ext.torch import BitLinear, FlipOptimizer
+from onebit_ext.torch.nn import layer_of
 
 
 def rows4(codes: Tensor) -> Tensor:
@@ -56,6 +57,7 @@ def test_round_trip(n: int, scale: str, assign: bool, through: str) -> None:
     target.load_state_dict(state, assign=assign)
     assert same(snapshot(source), snapshot(target))
     assert target[0].weight.data_ptr() % 64 == 0 and not target[0].scale.requires_grad
+    assert layer_of(target[0].weight) is layer_of(target[0].scale) is target[0]
     assert all(torch.equal(value, target.state_dict()[name]) for name, value in state.items())
 
 
