@@ -72,7 +72,7 @@ def floats() -> nn.Sequential:
 
 @pytest.mark.parametrize("method", ["residual", "frozen", "shadow"])
 def test_every_method_learns(method: str) -> None:
-    lr = 0.1 if method == "residual" else 3e-3
+    lr = 3e-3 if method == "shadow" else 0.1
     model, optimizer = prepare(floats(), method, lr=lr, float_lr=1e-2, skip=("4",))
     assert type(model[4]) is nn.Linear
     kind = ShadowLinear if method == "shadow" else BitLinear
