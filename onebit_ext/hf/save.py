@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from onebit_ext import unpack
 from onebit_ext.torch import BitLinear
 
-from .config import DIRECT, ONLINE, PACKED, Form
+from .config import DIRECT, FLOAT, ONLINE, PACKED, Form
 from .folder import Folder, Linear
 
-FOLDER_KINDS = (PACKED, DIRECT, ONLINE)
+FOLDER_KINDS = (PACKED, DIRECT, ONLINE, FLOAT)
 SHARD_BYTES = 2 << 30
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json")
 Progress = Callable[[int, int, str], None]
@@ -110,8 +110,9 @@ def save_pretrained(
     """Save a model with BitLinear layers as a folder that stock transformers loads.
 
     Args:
-        to: "hf-packed" (bitlinear, weight_scale = 1/s), "hf-packed-direct" (autobitlinear, weight_scale = s) or "bf16"
-            (autobitlinear online: floats s T / share of nonzeros, which absmean turns back into s T; s within 2^-8).
+        to: "hf-packed" (bitlinear, weight_scale = 1/s), "hf-packed-direct" (autobitlinear, weight_scale = s), "bf16"
+            (autobitlinear online: floats s T / share of nonzeros, which absmean turns back into s T; s within 2^-8) or
+            "float" (bf16 floats s T and no quantization_config: a model like any other).
         tokenizer: saved along.
         overwrite: replace what is at `path`; otherwise it must not exist or be empty.
         progress: called as progress(done, total, name).
@@ -147,7 +148,9 @@ def write_folder(
         config = dict(source.config)
         if to != source.form.kind or "quantization_config" not in config:  # else verbatim
             config["quantization_config"] = form.quantization_config()
-        dtype = torch.bfloat16 if to == ONLINE else source.dtype
+        if config["quantization_config"] is None:
+            del config["quantization_config"]
+        dtype = torch.bfloat16 if to in (ONLINE, FLOAT) else source.dtype
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         _write_shards(folder, _tensors(source, to, progress))
@@ -157,10 +160,10 @@ def _tensors(source: Source, to: str, progress: Progress | None) -> Iterator[tup
     """Every tensor of the new folder."""
     for name in source.others:
         value = source.tensor(name)
-        yield name, value.to(torch.bfloat16) if to == ONLINE else value
+        yield name, value.to(torch.bfloat16) if to in (ONLINE, FLOAT) else value
     for done, name in enumerate(source.linears, 1):
         layer = source.linear(name)
-        tensors = _floats(layer) if to == ONLINE else _packed(layer, to)
+        tensors = _packed(layer, to) if to in (PACKED, DIRECT) else _floats(layer, to)
         yield from ((f"{name}.{key}", value) for key, value in tensors.items())
         if progress:
             progress(done, len(source.linears), name)
@@ -189,15 +192,15 @@ def _narrow(value: Tensor, dtype: torch.dtype, factor: Tensor | float = 1) -> Te
     return narrow if torch.equal(narrow.float() * factor, value) else value / factor
 
 
-def _floats(layer: Linear) -> dict[str, Tensor]:
-    """bf16 floats of one magnitude v with mean |w| = s: absmean gives T and, up to the rounding of v, s."""
+def _floats(layer: Linear, to: str) -> dict[str, Tensor]:
+    """bf16 floats of one magnitude v: s, or such that mean |w| = s: absmean gives T and, up to v's rounding, s."""
     if layer.scale.numel() != 1:
         raise ValueError(f"layer {layer.name!r} has a scale per row, which absmean cannot give back")
-    if float(layer.scale) < 1e-5:
+    if to == ONLINE and float(layer.scale) < 1e-5:
         raise ValueError(f"layer {layer.name!r} has scale {float(layer.scale):.3g}, below absmean's floor of 1e-5")
     codes = torch.from_numpy(unpack(layer.packed, layer.shape, layer.packing))
     nonzero = int(torch.count_nonzero(codes))
-    magnitude = layer.scale * codes.numel() / max(nonzero, 1)
+    magnitude = layer.scale * codes.numel() / max(nonzero, 1) if to == ONLINE else layer.scale
     tensors = {"weight": codes.to(torch.bfloat16) * magnitude.to(torch.bfloat16)}
     if layer.bias is not None:
         tensors["bias"] = layer.bias.to(torch.bfloat16)

@@ -77,7 +77,8 @@ class AutoFlip:
         for _, reference in self._layers:
             layer = reference()
             if layer is not None:
-                layer._planes = layer._sync = layer._auto = None
+                layer._planes = layer._sync = None
+                layer._auto = lambda: None  # ended on purpose: scales may train alone
 
     # ------------------------------------------------------------------ who owns what
     def _owned(self, optimizer: torch.optim.Optimizer) -> list[tuple[int, str, BitLinear, int]]:

@@ -283,6 +283,19 @@ def test_scales_without_anything_that_flips_are_refused() -> None:
     train(model, torch.optim.SGD(model.lm_head.parameters(), lr=0.01), 0, 1)  # scales not in it: not its business
 
 
+def test_without_an_optimizer_there_are_gradients_and_no_votes() -> None:
+    """The same bits as with one, where the random position is the same; nothing else is kept."""
+    plain, trained = net(), net()
+    optimizer = FlipOptimizer(trained)
+    for layer, other in ((plain.up, trained.up), (plain.down, trained.down)):
+        layer.control[C["layer"]] = optimizer.state[other.weight]["control"][C["layer"]]
+    for model in (plain, trained):
+        loss_of(model, 0).backward()
+    for (name, a), b in zip(plain.named_parameters(), trained.parameters(), strict=True):
+        assert (a.grad is None and not a.is_floating_point()) or torch.equal(a.grad, b.grad), name
+    assert plain.up.scale.grad is not None and plain.up._planes is None and plain.up.control[C["micro"]] == 1
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
