@@ -87,8 +87,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("torch is missing: pip install 'onebit-ext[torch]', or take --numpy")
     start = time.perf_counter()
     console.heading("Text")
-    code = text.standard_library()
     target = text.user_text(args.text) if args.text else text.documentation()
+    code = text.standard_library()
     described = describe(console, code, "the standard library's source")
     source = str(args.text or "its English documentation, pydoc_data.topics")
     result = {"version": ob.__version__, "isa": ob.isa(), "threads": args.threads, "seed": args.seed}
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         result |= train(args, console, code, target)
     except OSError as error:
         raise cannot_write(args.out, error) from None
-    result["seconds"] = time.perf_counter() - start
+    result |= {"seconds": time.perf_counter() - start, "processor_seconds": time.process_time()}
     judged = args.text is None and args.steps in (None, STEPS)
     passed = report(console, result, judged, args.out)
     (args.out / "demo.json").write_text(json.dumps(result, indent=2))

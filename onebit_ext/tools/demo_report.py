@@ -98,7 +98,7 @@ def report(console: Console, result: dict[str, Any], judged: bool, out: Path) ->
     if not judged:
         console.say("----  belongs to the default steps and text, not judged here")
     result |= {"bars": [vars(bar) for bar in found], "passed": passed}
-    console.say(f"\n{result['seconds']:.0f} s in all")
+    console.say(f"\n{result['seconds']:.0f} s in all, {result['processor_seconds']:.0f} s of processor time")
     return passed
 
 
