@@ -203,16 +203,24 @@ v_transpose16(const int8_t *in, size_t ld, int8_t *out)
 
 /* ------------------------------------------------------------------ integer tiles */
 
-/* acc[r][j] += sum_i s8[r][i] * codes[i][j] over `count` rows of 64 codes */
+#define BLOCK 32 /* columns whose sums are registers, if the compiler vectorises */
+
+/* acc[r][j] += sum_i s8[r][i] * codes[i][j] over `count` rows of 64 codes -1..1; 256 products of 127 fit int16 */
 OB_INLINE void
-multiply_add(size_t rows, size_t count, const int8_t *codes, const int8_t *s8, size_t ld,
-             ob_acc *acc)
+add_code_rows(size_t rows, size_t count, const int8_t *codes, const int8_t *s8, size_t ld,
+              ob_acc *acc)
 {
     for (size_t r = 0; r < rows; r++) {
-        for (size_t i = 0; i < count; i++) {
-            int16_t x = s8[r * ld + i];
-            for (size_t j = 0; j < OB_STRIP; j++) {
-                acc[r][j] += (int16_t)(x * codes[i * OB_STRIP + j]); /* |x * code| <= 127 * 127 */
+        for (size_t j0 = 0; j0 < OB_STRIP; j0 += BLOCK) {
+            int16_t sum[BLOCK] = {0};
+            for (size_t i = 0; i < count; i++) {
+                int16_t x = s8[r * ld + i];
+                for (size_t j = 0; j < BLOCK; j++) {
+                    sum[j] = (int16_t)(sum[j] + x * codes[i * OB_STRIP + j0 + j]);
+                }
+            }
+            for (size_t j = 0; j < BLOCK; j++) {
+                acc[r][j0 + j] += sum[j];
             }
         }
     }
@@ -231,7 +239,7 @@ dot_forward(size_t rows, size_t k_steps, const uint8_t *q, const int8_t *x, size
                 codes[k][o] = (int8_t)(((q[4 * o + k % 4] >> (2 * (k / 4))) & 3) - 1);
             }
         }
-        multiply_add(rows, 16, codes[0], x + 16 * step, ldx, acc);
+        add_code_rows(rows, 16, codes[0], x + 16 * step, ldx, acc);
     }
 }
 
@@ -241,14 +249,29 @@ dot_input(size_t rows, size_t n_padded, const uint8_t *panel, const int8_t *q, s
 {
     (void)sum;
     memset(acc, 0, rows * sizeof *acc);
-    multiply_add(rows, n_padded, (const int8_t *)panel, q, ldq, acc);
+    for (size_t n = 0; n < n_padded; n += 256) {
+        const int8_t *codes = (const int8_t *)panel + n * OB_STRIP;
+        add_code_rows(rows, OB_MIN(n_padded - n, (size_t)256), codes, q + n, ldq, acc);
+    }
 }
 
 static void
 dot_weight(size_t rows, size_t m_padded, const uint8_t *panel, const int8_t *h, size_t ldh,
            const int32_t *sum, ob_acc *acc)
 {
-    dot_input(rows, m_padded, panel, h, ldh, sum, acc);
+    (void)sum;
+    memset(acc, 0, rows * sizeof *acc);
+    for (size_t r = 0; r < rows; r++) {
+        const int8_t *x = (const int8_t *)panel, *g = h + r * ldh;
+        for (size_t m = 0; m < m_padded; m += 4, x += 4 * OB_STRIP, g += 4) {
+            const int16_t g0 = g[0], g1 = g[1], g2 = g[2], g3 = g[3];
+            for (size_t j = 0; j < OB_STRIP; j++) { /* two products of 127 * 127 fit int16 */
+                int16_t low = (int16_t)(g0 * x[j] + g1 * x[OB_STRIP + j]);
+                int16_t high = (int16_t)(g2 * x[2 * OB_STRIP + j] + g3 * x[3 * OB_STRIP + j]);
+                acc[r][j] += low + high;
+            }
+        }
+    }
 }
 
 /* ------------------------------------------------------------------ panels: (rows, 64) int8 */
