@@ -15,7 +15,7 @@ from torch import nn
 from onebit_ext.torch import AutoFlip, replace_linear
 from onebit_ext.torch import BitLinear as BitNetLinear
 
-from .config import FLOAT, PACKED, Form
+from .config import FLOAT, PACKED
 from .folder import Folder
 from .save import write_folder
 
@@ -34,9 +34,6 @@ def replace_linear_with_bitnet_linear(model: Model, previous_dtype: torch.dtype 
     """
     if AutoFlip.of(model) is None:
         replace_linear(model, auto=True, **options)
-    if hasattr(model, "config"):
-        floats = sorted(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-        model.config.quantization_config = Form(PACKED, tuple(floats) or ("lm_head",)).quantization_config()
     return model
 
 

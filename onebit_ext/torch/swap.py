@@ -28,7 +28,7 @@ def replace_linear(
 
     Taken: `nn.Linear` (absmean of its weight), transformers' `BitLinear` and `AutoBitLinear`, onebitllms'
     `BitNetLinear`; our own layers stay.  A frozen `nn.Linear` gives a frozen layer.  What makes a Trainer refuse a
-    packed model is cleared.
+    packed model is cleared, and its config says what `save_pretrained` now writes: transformers' packed form.
 
     Args:
         skip: names, or last parts of dotted names, of layers left alone.
@@ -50,9 +50,21 @@ def replace_linear(
     for trace in QUANTIZER_TRACES:
         if hasattr(model, trace):
             delattr(model, trace)
+    _tell_config(model)
     if auto:
         AutoFlip(model, **auto_options)
     return model
+
+
+def _tell_config(model: nn.Module) -> None:
+    """The quantization_config that goes with the layers' state_dict, in a transformers model's config."""
+    config: Any = getattr(model, "config", None)
+    layers = [module for module in model.modules() if isinstance(module, BitLinear)]
+    packable = all(layer.scale.numel() == 1 and layer.out_features % 4 == 0 for layer in layers)
+    if hasattr(config, "to_json_string") and packable:
+        floats = sorted(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+        entry = {"quant_method": "bitnet", "modules_to_not_convert": floats or ["lm_head"]}
+        config.quantization_config = entry
 
 
 def swap(model: nn.Module, targets: dict[nn.Module, list[str]], make: Callable[[nn.Module], nn.Module]) -> nn.Module:

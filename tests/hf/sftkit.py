@@ -24,7 +24,7 @@ transformers.logging.set_verbosity_error()
 
 SMALL = FALCON_E | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "max_position_embeddings": 256}
 IDS = torch.arange(48).view(1, 48) * 37 % 250
-WORDS = "the cat sat on a mat and the dog ran to red big sun".split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "ran", "to", "red", "big", "sun"]
 
 
 def float_model(path: Path) -> Path:
