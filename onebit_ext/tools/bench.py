@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", type=_shape, action="append", help="NxK instead of the table's; may be repeated")
     parser.add_argument("--repetitions", type=int, help="turns per row, at least 7 (default 9; --quick: 7)")
     parser.add_argument("--memory", type=float, default=4.0, help="gigabytes for the whole-model row (default 4)")
+    parser.add_argument("--cpu-time", action="store_true", help="time this thread alone: for a busy machine, 1 thread")
     parser.add_argument("--no-torch", action="store_true", help="leave torch out, as if it were not installed")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw roofline.png and growth.png into DIR")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, for machines")
@@ -72,6 +73,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--memory must be in 0.1..10000 gigabytes, got {args.memory}")
     if args.threads and max(args.threads) > 256:
         raise UserError(f"--threads must be in 1..256, got {max(args.threads)}")
+    if args.cpu_time and args.threads not in (None, [1]):
+        raise UserError("--cpu-time sees one thread only: leave --threads out")
     if args.plot:
         _writable(args.plot)
 
@@ -83,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
     introduce(console, facts)
     start = time.perf_counter()
     rows, model, curves = _measure(args, console, facts)
+    facts["clock"] = "this thread's CPU time" if args.cpu_time else "wall"
     facts["seconds"] = round(time.perf_counter() - start, 1)
     result = {"machine": facts, "rows": [row_facts(row) for row in rows], "model": model}
     result["growth"] = [growth_facts(curve) for curve in curves]
@@ -105,7 +109,8 @@ def _measure(args: argparse.Namespace, console: Console, facts: dict[str, Any]) 
     rivals = _rivals() if facts["torch"] else None
     before = ob.num_threads()
     repetitions = args.repetitions or (7 if args.quick else 9)
-    threads = args.threads or [1, 2][: 1 if args.quick else facts["cpus"]]
+    threads = args.threads or [1, 2][: 1 if args.quick or args.cpu_time else facts["cpus"]]
+    clock = time.thread_time if args.cpu_time else None
     rows: list[Any] = []
     model, curves = None, []
     try:
@@ -113,7 +118,7 @@ def _measure(args: argparse.Namespace, console: Console, facts: dict[str, Any]) 
             ob.set_num_threads(count)
             if rivals:
                 rivals.set_threads(count)
-            setting = bench_ops.Setting(count, repetitions, rivals, "AMD" in facts["vendor"])
+            setting = bench_ops.Setting(count, repetitions, rivals, "AMD" in facts["vendor"], clock)
             tasks = list(_plan(args, setting))
             for i, (label, measure) in enumerate(tasks, 1):
                 begun = time.perf_counter()
@@ -126,7 +131,7 @@ def _measure(args: argparse.Namespace, console: Console, facts: dict[str, Any]) 
         if args.plot:
             console.say("  time against M, N, K and threads")
             ob.set_num_threads(1)
-            curves = bench_growth.measure(bench_ops.Setting(1, 7), facts["cpus"])
+            curves = bench_growth.measure(bench_ops.Setting(1, 7, clock=clock), 1 if clock else facts["cpus"])
     finally:
         ob.set_num_threads(before)
     return rows, model, curves
@@ -158,7 +163,7 @@ def _other_rows(args: argparse.Namespace, setting: Any) -> Iterator[Task]:
 
     from . import bench_ops as ops
 
-    if len(os.sched_getaffinity(0)) > 1:
+    if len(os.sched_getaffinity(0)) > 1 and not args.cpu_time:
         for m, product in ((128, "forward"), (512, "forward"), (512, "layer step")):
             yield f"{product} M={m}, 2 threads", partial(ops.thread_scaling, setting, *MAIN, m, product)
     for entry in ob.isas():

@@ -51,7 +51,7 @@ def _curves(setting: Setting, variable: str, points: Sequence[tuple[int, Layer, 
         for value, layer, threads in points:
             run = layer.forward if operation == "forward" else layer.step
             contenders.append(Contender(str(value), run, {"MAC": layer.macs}, partial(using, threads)))
-        alternation = Alternation(contenders, setting.repetitions, batch=0.003)
+        alternation = Alternation(contenders, setting.repetitions, 0.003, setting.clock)
         values = [value for value, _, _ in points]
         times = [alternation.time(str(value)) for value in values]
         steps = [

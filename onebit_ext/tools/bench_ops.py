@@ -93,15 +93,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a run is made: threads now, repetitions, the rivals (None: torch is not there), the machine's vendor."""
+    """How a run is made: threads now, repetitions, the rivals (None: torch is not there), the machine's vendor, the
+    clock (None: the wall's)."""
 
     threads: int
     repetitions: int = 9
     rivals: Rivals | None = None
     amd: bool = False
+    clock: Callable[[], float] | None = None
 
     def alternate(self, contenders: list[Contender | None], repetitions: int | None = None) -> Alternation:
-        return Alternation([c for c in contenders if c is not None], repetitions or self.repetitions)
+        present = [contender for contender in contenders if contender is not None]
+        return Alternation(present, repetitions or self.repetitions, clock=self.clock)
 
 
 @contextmanager

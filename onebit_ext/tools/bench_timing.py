@@ -43,21 +43,31 @@ class Spread:
 
 
 class Alternation:
-    """Times `contenders` in turn, `repetitions` (>= 7) times each, in batches of about `batch` seconds."""
+    """Times `contenders` in turn, `repetitions` (>= 7) times each, in batches of about `batch` seconds.
 
-    def __init__(self, contenders: Sequence[Contender], repetitions: int = 9, batch: float = 0.01) -> None:
+    clock: seconds; the wall's if None.
+    """
+
+    def __init__(
+        self,
+        contenders: Sequence[Contender],
+        repetitions: int = 9,
+        batch: float = 0.01,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
         if repetitions < MIN_REPETITIONS:
             raise ValueError(f"Alternation: 'repetitions' must be at least {MIN_REPETITIONS}, got {repetitions}")
         self.contenders = {contender.name: contender for contender in contenders}
         if len(self.contenders) != len(contenders):
             raise ValueError("Alternation: two contenders have the same name")
-        counts = {contender.name: _batch_size(contender, batch) for contender in contenders}
+        clock = clock or time.perf_counter
+        counts = {contender.name: _batch_size(contender, batch, clock) for contender in contenders}
         self.seconds: dict[str, list[float]] = {name: [] for name in self.contenders}  # of one run, turn by turn
         order = list(contenders)
         for _ in range(repetitions):
             for contender in order:
                 count = counts[contender.name]
-                self.seconds[contender.name].append(_time(contender, count) / count)
+                self.seconds[contender.name].append(_time(contender, count, clock) / count)
             order = order[1:] + order[:1]  # nobody always follows the same neighbour's cache
 
     def time(self, name: str) -> Spread:
@@ -101,18 +111,18 @@ def _require_alternation(alternation: object) -> None:
         raise TypeError(f"a comparison needs an Alternation, got {type(alternation).__name__}")
 
 
-def _time(contender: Contender, count: int) -> float:
+def _time(contender: Contender, count: int, clock: Callable[[], float]) -> float:
     run = contender.run
     with contender.within():
-        start = time.perf_counter()
+        start = clock()
         for _ in range(count):
             run()
-        return time.perf_counter() - start
+        return clock() - start
 
 
-def _batch_size(contender: Contender, batch: float) -> int:
+def _batch_size(contender: Contender, batch: float, clock: Callable[[], float]) -> int:
     """Runs in a batch; the trial runs also warm caches, pages and lazily built kernels."""
-    _time(contender, 1)
+    _time(contender, 1, clock)
     if contender.single:
         return 1
-    return max(1, math.ceil(batch / max(_time(contender, 1), 1e-9)))
+    return max(1, math.ceil(batch / max(_time(contender, 1, clock), 1e-9)))

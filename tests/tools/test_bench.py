@@ -113,6 +113,12 @@ def test_no_ratio_without_an_alternation() -> None:
         Alternation([Contender("a", lambda: None, {}), Contender("a", lambda: None, {})], 7)
 
 
+def test_another_clock() -> None:
+    ticks = iter(range(1000))
+    made = Alternation([Contender("a", lambda: None, {"MAC": 4.0})], 7, 0.5, lambda: 2.0 * next(ticks))
+    assert made.seconds == {"a": [2.0] * 7}
+
+
 def test_quartiles() -> None:
     values = np.random.default_rng(3).random(40)
     assert np.allclose(Spread(list(values)).as_list(), np.quantile(values, [0.5, 0.25, 0.75]))
@@ -284,6 +290,7 @@ def test_the_table_says_pass_or_miss(small: None, capsys: pytest.CaptureFixture[
     [
         (["--repetitions", "6"], "--repetitions must be in 7..1001, got 6"),
         (["--threads", "300"], "--threads must be in 1..256, got 300"),
+        (["--threads", "1,2", "--cpu-time"], "--cpu-time sees one thread only"),
         (["--memory", "0"], "--memory must be in"),
         (["--plot", "/proc/nothing"], "cannot write to /proc/nothing"),
     ],
