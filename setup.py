@@ -33,6 +33,7 @@ ISA_FLAGS_OF = {
         # gcc schedules for AArch64 before it allocates registers, and then spills up to 76 sums of a tile
         "isa/neon.c": ["-fno-schedule-insns"],
         "isa/neondot.c": ["-march=armv8.2-a+dotprod", "-fno-schedule-insns"],
+        "isa/neoni8mm.c": ["-march=armv8.2-a+i8mm", "-fno-schedule-insns"],
     },
 }
 MACHINE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())

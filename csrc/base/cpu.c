@@ -45,8 +45,9 @@ ob_cpu_features(void)
 uint32_t
 ob_cpu_features(void)
 {
-    enum { ASIMDDP = 1 << 20 }; /* HWCAP_ASIMDDP of <asm/hwcap.h>, which old headers lack */
-    return OB_CPU_NEON | (getauxval(AT_HWCAP) & ASIMDDP ? OB_CPU_NEONDOT : 0);
+    enum { ASIMDDP = 1 << 20, I8MM = 1 << 13 }; /* of <asm/hwcap.h>, where old headers lack them */
+    return OB_CPU_NEON | (getauxval(AT_HWCAP) & ASIMDDP ? OB_CPU_NEONDOT : 0) |
+           (getauxval(AT_HWCAP2) & I8MM ? OB_CPU_NEONI8MM : 0);
 }
 #else
 uint32_t

@@ -47,8 +47,7 @@ dot_tile(size_t rows, size_t groups, const uint8_t *at, size_t step_bytes,
         ADD_PLANE(2);
         ADD_PLANE(3);
     }
-    for (size_t i = 0; i < groups % 4;
-         i++, at += 4 * OB_GROUP, s8 += 4) { /* panels of tokens only */
+    for (size_t i = 0; i < groups % 4; i++, at += 4 * OB_GROUP, s8 += 4) { /* of tokens only */
 #pragma GCC unroll 8
         for (size_t r = 0; r < rows; r++) {
             int32_t four;

@@ -68,14 +68,14 @@ def arm_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("processor", "every", "expected"),
-    [("max", 1, ["scalar", "neon", "neondot"]), ("cortex-a72", 7, ["scalar", "neon"])],
+    [("max", 1, ["scalar", "neon", "neondot", "neoni8mm"]), ("cortex-a72", 7, ["scalar", "neon"])],
 )
 def test_aarch64(arm_program: Path, processor: str, every: int, expected: list[str]) -> None:
     assert check(ARM_RUN, "-cpu", processor, arm_program, every) == expected
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["neon", "neondot"])
+@pytest.mark.parametrize("name", ["neon", "neondot", "neoni8mm"])
 def test_aarch64_sums_are_registers(arm_program: Path, name: str) -> None:
     text = checked("aarch64-linux-gnu-objdump", "-d", arm_program.parent / f"csrc_isa_{name}.c.o")
     assert len(list(hot_loops(text))) >= 10
