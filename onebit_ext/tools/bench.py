@@ -8,6 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def _measure(args: argparse.Namespace, console: Console, facts: dict[str, Any]) 
                 spent = time.perf_counter() - begun
                 console.say(f"  {i:>3}/{len(tasks)}  {count} thread{'s' * (count > 1):<1}  {label:<44} {spent:5.1f} s")
         if rivals:
-            model_row, model = _model(args, setting)
+            model_row, model = _model(args, setting, facts)
             rows.append(model_row)
         if args.plot:
             console.say("  time against M, N, K and threads")
@@ -176,7 +177,7 @@ def _other_rows(args: argparse.Namespace, setting: Any) -> Iterator[Task]:
             yield label, partial(ops.overhead, setting, *MAIN, m, training)
 
 
-def _model(args: argparse.Namespace, setting: Any) -> tuple[Any, dict[str, Any]]:
+def _model(args: argparse.Namespace, setting: Any, facts: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The whole-model row: tokens per second alternated in this process, peak memory in one process per method."""
     from onebit_ext.torch.bench import stack
 
@@ -193,8 +194,14 @@ def _model(args: argparse.Namespace, setting: Any) -> tuple[Any, dict[str, Any]]
     row = ops.Row(name, f"{stack.WIDTH}x{stack.HIDDEN}", tokens, setting.threads, alternation, "token")
     for rival in list(stack.METHODS)[1:]:
         row.hold(f"x {rival} with AdamW", "ours", rival)
-    peaks = {name: stack.peak_bytes(name, layers, tokens, setting.threads) for name in stack.METHODS}
-    return row, {"layers": layers, "tokens": tokens, "weights": stack.weights(layers), "peak_bytes": peaks}
+    with ThreadPoolExecutor(min(facts["cpus"], len(stack.METHODS))) as pool:
+        peaks = list(pool.map(lambda name: stack.peak_bytes(name, layers, tokens, setting.threads), stack.METHODS))
+    return row, {
+        "layers": layers,
+        "tokens": tokens,
+        "weights": stack.weights(layers),
+        "peak_bytes": dict(zip(stack.METHODS, peaks, strict=True)),
+    }
 
 
 def _rivals() -> Any:

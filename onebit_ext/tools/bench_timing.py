@@ -122,7 +122,7 @@ def _time(contender: Contender, count: int, clock: Callable[[], float]) -> float
 
 def _batch_size(contender: Contender, batch: float, clock: Callable[[], float]) -> int:
     """Runs in a batch; the trial runs also warm caches, pages and lazily built kernels."""
-    _time(contender, 1, clock)
-    if contender.single:
+    first = _time(contender, 1, clock)
+    if contender.single or first > 20 * batch:
         return 1
     return max(1, math.ceil(batch / max(_time(contender, 1, clock), 1e-9)))

@@ -87,7 +87,7 @@ def training_step(method: str, layers: int, tokens: int) -> Callable[[], None]:
 
 
 def peak_bytes(method: str, layers: int, tokens: int, threads: int) -> int:
-    """Growth of the resident set over three steps, in a new process."""
+    """Growth of the resident set over two steps, in a new process."""
     words = [sys.executable, "-m", __name__, method, str(layers), str(tokens), str(threads)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     return int(json.loads(done.stdout)["bytes"])
@@ -108,9 +108,7 @@ def main() -> None:
     warm = nn.Linear(8, 8)
     warm(torch.randn(2, 8)).sum().backward()  # torch's own start-up is not the model's
     before = _peak()
-    step = training_step(method, layers, tokens)
-    step()
-    step()
+    training_step(method, layers, tokens)()
     print(json.dumps({"bytes": _peak() - before}))
 
 
