@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -70,3 +72,22 @@ def flip_rate(model: nn.Module) -> float:
 def bit_linears(model: nn.Module) -> list[BitLinear]:
     """The ternary layers of a model, wrapped (DDP, torch.compile) or not."""
     return [module for module in model.modules() if isinstance(module, BitLinear)]
+
+
+class StepReport(TrainerCallback):
+    """Calls say(step, steps, loss, flip_rate, seconds left) about `times` times during training."""
+
+    def __init__(self, say: Callable[[int, int, float, float, float], None], times: int = 10) -> None:
+        self.say, self.times, self.start = say, times, 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self.start, self.first = time.perf_counter(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """A line, if it is time for one."""
+        step, steps = state.global_step, state.max_steps
+        if logs is None or "loss" not in logs or step % max(1, steps // self.times) and step not in (1, steps):
+            return
+        left = (time.perf_counter() - self.start) / max(step - self.first, 1) * (steps - step)
+        self.say(step, steps, float(logs["loss"]), flip_rate(kwargs["model"]), left)

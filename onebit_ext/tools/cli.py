@@ -15,6 +15,7 @@ SUBCOMMANDS = (
     "convert",
     "inspect",
     "bench",
+    "finetune",
 )  # a module each, with HELP, DESCRIPTION, add_arguments(parser) and run(args) -> exit code
 
 DESCRIPTION = """\
