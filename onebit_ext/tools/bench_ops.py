@@ -131,10 +131,9 @@ class Layer:
         generator = np.random.default_rng(n + k + m)
         self.codes = generator.integers(-1, 2, (n, k), dtype=np.int8)
         first = ob.pack(self.codes)
-        self.packed = [first]
-        for _ in range(copies - 1):
-            self.packed.append(ob.empty(first.shape, np.uint8))
-            self.packed[-1][...] = first
+        planes = ob.empty((copies, *first.shape), np.uint8)  # one block, so that small planes get huge pages too
+        planes[...] = first
+        self.packed = list(planes)
         self.scale = np.array([0.02], np.float32)
         self.x = generator.standard_normal((m, k), np.float32)
         self.dy = generator.standard_normal((m, n), np.float32) * np.float32(1e-3)
@@ -256,17 +255,18 @@ def whole_step(setting: Setting, n: int, k: int, m: int) -> Row:
 def flip(setting: Setting, n: int, k: int, moving: float) -> Row:
     """The flip step, a share `moving` of the residuals beyond the threshold, planes from DRAM, beside a plain read and
     write of the same planes.  A healthy run moves 0.1 % a step, in its worst step 1 %."""
-    layers = [(ob.random_codes(n, k), ob.new_planes(n, k)) for _ in range(dram_copies(n * k * 5 // 4))]
+    start = ob.random_codes(n, k, 3)
+    block = ob.empty((dram_copies(n * k * 5 // 4), *start.shape), np.uint8)
+    layers = [(packed, ob.new_planes(n, k)) for packed in block]
     generator = np.random.default_rng(1)
     votes = generator.integers(-60, 61, (n, k), dtype=np.int8)
     beyond = generator.random((n, k), np.float32) < moving
     votes[beyond] = np.where(votes[beyond] < 0, -90, 90)
-    codes = ob.random_codes(n, k, 3)
 
     @contextmanager
     def fresh() -> Iterator[None]:
         for packed, state in layers:
-            packed[...], state["residual"][...] = codes, votes
+            packed[...], state["residual"][...] = start, votes
             state["control"][ob.CONTROL["step"]] = state["control"][ob.CONTROL["micro"]] = 1
         yield
 
