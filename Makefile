@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 LOCK := $(if $(shell command -v flock),flock Makefile)
 C_FILES = $(wildcard csrc/*.h csrc/*/*.[ch] tests/c/*.[ch])
-TEST_PACKAGES := transformers accelerate trl datasets gguf onebitllms pytest hypothesis pytest-run-parallel ruff mypy clang-format
+TEST_PACKAGES := transformers accelerate trl peft datasets gguf onebitllms pytest hypothesis pytest-run-parallel ruff mypy clang-format
 PY_FILES = setup.py onebit_ext tests
 
 .PHONY: build demo test check-arm lint format clean

@@ -4,7 +4,7 @@ model = replace_linear(model)  # nn.Linear and the packed layers of transformers
 optimizer = FlipOptimizer(model)  # flips the codes, AdamW for everything else
 """
 
-from . import guard  # noqa: F401 (installs its hook)
+from . import distributed, guard  # noqa: F401 (both install a hook)
 from .auto import AutoFlip
 from .methods import ShadowLinear, prepare
 from .nn import BitLinear

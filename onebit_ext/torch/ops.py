@@ -16,6 +16,8 @@ from torch import Tensor
 
 from onebit_ext import _core
 
+from . import ranks
+
 CONTROL = _core.CONTROL
 PLANES = ("residual", "row_factor", "col_factor", "row_sum", "col_sum", "sketch", "momentum", "momentum_scale")
 MICRO_LIMIT = 16384  # micro-batches without a step(): 1024 accumulated batches of a layer used 16 times
@@ -110,6 +112,7 @@ def linear_backward_input(dy: Tensor, weight: Tensor, scale: Tensor, control: Te
     dx = dy.new_empty((*dy.shape[:-1], in_features))
     out = array(dx.view(rows.shape[0], in_features))
     position = array(control.clone())  # the C function notes a non-finite gradient in it; votes do that here
+    position[CONTROL["micro"]] += ranks.first_micro()
     _core.linear_backward_input(array(rows), array(weight), array(scale), in_features, position, out=out)
     return dx
 
@@ -145,18 +148,25 @@ def vote(
             "steps own this layer's scale?"
         )
     voting = bool(planes) and not votes_suspended()
-    _core.vote(
-        array(rows),
-        array(xq),
-        array(sx),
-        array(weight),
-        array(scale),
-        in_features,
-        _plane_arrays(control, planes) if voting else None,
-        control=None if voting else state,
-        ds=array(ds),
-        db=array(db) if want_bias else None,
-    )
+    first = ranks.first_micro()
+    state[CONTROL["micro"]] += first
+    try:
+        _core.vote(
+            array(rows),
+            array(xq),
+            array(sx),
+            array(weight),
+            array(scale),
+            in_features,
+            _plane_arrays(control, planes) if voting else None,
+            control=None if voting else state,
+            ds=array(ds),
+            db=array(db) if want_bias else None,
+        )
+    finally:
+        state[CONTROL["micro"]] -= first
+    if voting:
+        ranks.voted()
     if not planes:
         state[CONTROL["micro"]] += 1
     return ds, db
@@ -208,6 +218,7 @@ linear.register_autograd(_linear_backward, setup_context=_linear_setup)
 @torch.library.custom_op("onebit::flip", mutates_args=("weight", "control", "planes"), device_types="cpu")
 def flip(weight: Tensor, control: Tensor, planes: Sequence[Tensor]) -> None:
     """One step of a layer's codes, in place; control's MOVED counts them.  Nothing if no micro-batch voted."""
+    ranks.check_combined()
     _core.flip(array(weight), _plane_arrays(control, planes))
 
 
