@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from onebit_ext import _core
 
-from . import ops
+from . import direct, ops
 
 _ids = itertools.count()
 _layers: WeakIdKeyDictionary = WeakIdKeyDictionary()  # codes and scale Parameters -> weakref of their BitLinear
@@ -153,6 +153,8 @@ class BitLinear(nn.Module):
             raise ValueError(f"BitLinear: input must be of shape (..., {self.in_features}), got {tuple(x.shape)}")
         if self._sync is not None and not torch.compiler.is_compiling():
             self._sync()
+        if direct.possible(x):
+            return direct.linear(x, self.weight, self.scale, self.bias, self.out_features)
         planes: list[Tensor] = []
         control = self.control
         trains = self.scale.requires_grad
