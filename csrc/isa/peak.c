@@ -26,7 +26,7 @@ PEAK(multiply_avx512vnni, "vpdpbusd", "zmm")
 #define PEAK(name, instruction, sums, bytes)                                                 \
     static void name(size_t rounds)                                                          \
     {                                                                                        \
-        __asm__ volatile(".arch armv8.2-a+dotprod\n1:\n"                                     \
+        __asm__ volatile(".arch armv8.6-a+dotprod+i8mm\n1:\n"                                \
                          ".irp i,0,1,2,3,4,5,6,7,8,9,10,11\n" instruction " v\\i\\()." sums  \
                          ",v14." bytes ",v15." bytes "\n.endr\n"                             \
                          "subs %0,%0,#1\nb.ne 1b"                                            \
@@ -37,6 +37,7 @@ PEAK(multiply_avx512vnni, "vpdpbusd", "zmm")
     }
 PEAK(multiply_neon, "smlal", "8h", "8b")
 PEAK(multiply_neondot, "sdot", "4s", "16b")
+PEAK(multiply_neoni8mm, "smmla", "4s", "16b")
 #endif
 
 static const struct {
@@ -51,6 +52,7 @@ static const struct {
 #elif defined(__aarch64__)
     {"neon", 8, multiply_neon},
     {"neondot", 16, multiply_neondot},
+    {"neoni8mm", 32, multiply_neoni8mm},
 #endif
     {"", 0, NULL},
 };
