@@ -158,16 +158,18 @@ def test_a_step_that_ran_out_of_memory_can_be_repeated() -> None:
 
 # ------------------------------------------------------------------ leaks
 def grown(call: Callable[[], Any], times: int) -> int:
-    """Python blocks that `times` calls leave behind, after as many to warm up."""
-    for _ in range(times):
-        call()
-    gc.collect()
-    live, before = ob.memory()["live"], sys.getallocatedblocks()
-    for _ in range(times):
-        call()
-    gc.collect()
-    assert ob.memory()["live"] == live
-    return sys.getallocatedblocks() - before
+    """Python blocks that `times` calls leave behind: the least of five rounds after one to warm up, since other
+    caches of the process also grow now and then, and a leak grows in every round."""
+    left = []
+    for _ in range(6):
+        gc.collect()
+        live, before = ob.memory()["live"], sys.getallocatedblocks()
+        for _ in range(times):
+            call()
+        gc.collect()
+        assert ob.memory()["live"] == live
+        left.append(sys.getallocatedblocks() - before)
+    return min(left[1:])
 
 
 @pytest.mark.parametrize("target", QUIET, ids=names(QUIET))
