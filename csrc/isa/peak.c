@@ -20,13 +20,17 @@
                            "xmm8", "xmm9", "xmm10", "xmm11");                                    \
     }
 PEAK(multiply_avx2, "vpmaddubsw", "ymm")
+#ifndef OB_WITHOUT_avxvnni
 PEAK(multiply_avxvnni, "%{vex%} vpdpbusd", "ymm")
+#endif
+#ifndef OB_WITHOUT_avx512vnni
 PEAK(multiply_avx512vnni, "vpdpbusd", "zmm")
+#endif
 #elif defined(__aarch64__)
-#define PEAK(name, instruction, sums, bytes)                                                 \
+#define PEAK(name, arch, instruction, sums, bytes)                                           \
     static void name(size_t rounds)                                                          \
     {                                                                                        \
-        __asm__ volatile(".arch armv8.6-a+dotprod+i8mm\n1:\n"                                \
+        __asm__ volatile(".arch " arch "\n1:\n"                                              \
                          ".irp i,0,1,2,3,4,5,6,7,8,9,10,11\n" instruction " v\\i\\()." sums  \
                          ",v14." bytes ",v15." bytes "\n.endr\n"                             \
                          "subs %0,%0,#1\nb.ne 1b"                                            \
@@ -35,9 +39,13 @@ PEAK(multiply_avx512vnni, "vpdpbusd", "zmm")
                          : "cc", "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v8", "v9", \
                            "v10", "v11");                                                    \
     }
-PEAK(multiply_neon, "smlal", "8h", "8b")
-PEAK(multiply_neondot, "sdot", "4s", "16b")
-PEAK(multiply_neoni8mm, "smmla", "4s", "16b")
+PEAK(multiply_neon, "armv8-a", "smlal", "8h", "8b")
+#ifndef OB_WITHOUT_neondot
+PEAK(multiply_neondot, "armv8.2-a+dotprod", "sdot", "4s", "16b")
+#endif
+#ifndef OB_WITHOUT_neoni8mm
+PEAK(multiply_neoni8mm, "armv8.2-a+i8mm", "smmla", "4s", "16b")
+#endif
 #endif
 
 static const struct {
@@ -47,12 +55,20 @@ static const struct {
 } peaks[] = {
 #if defined(__x86_64__)
     {"avx2", 32, multiply_avx2},
+#ifndef OB_WITHOUT_avxvnni
     {"avxvnni", 32, multiply_avxvnni},
+#endif
+#ifndef OB_WITHOUT_avx512vnni
     {"avx512vnni", 64, multiply_avx512vnni},
+#endif
 #elif defined(__aarch64__)
     {"neon", 8, multiply_neon},
+#ifndef OB_WITHOUT_neondot
     {"neondot", 16, multiply_neondot},
+#endif
+#ifndef OB_WITHOUT_neoni8mm
     {"neoni8mm", 32, multiply_neoni8mm},
+#endif
 #endif
     {"", 0, NULL},
 };
