@@ -82,6 +82,8 @@ def finetune(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     from ..hf import export_gguf, from_pretrained
     from ..hf.folder import Folder
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("runs in one process; for several, see docs/distributed.md")
     out = Path(args.out).absolute()
     if out.exists() and not args.overwrite and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{args.out} exists already; name another folder or pass --overwrite")
@@ -98,8 +100,8 @@ def finetune(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         f"{facts['codes'] / 1e6:,.1f} M ternary and {facts['floats'] / 1e6:,.1f} M float weights ({folder.form.kind}); "
         f"{len(rows)} documents to train on, {len(held_out)} held out"
     )
-    state, extra = facts["state_bytes"] / 1e9, facts["activation_bytes"] / 1e9
-    console.say(f"memory: {state:.2f} GB for model and optimizer, about {extra:.2f} GB more at work")
+    state, extra = facts["state_bytes"] / 1e6, facts["activation_bytes"] / 1e6
+    console.say(f"memory: {state:,.0f} MB for model and optimizer, about {extra:,.0f} MB more at work")
     if args.gguf:  # what GGUF cannot hold is to be known before training
         with tempfile.TemporaryDirectory(dir=_parent(out)) as scratch:
             export_gguf(args.model, Path(scratch) / "trial.gguf", f"gguf-{args.gguf}")

@@ -36,6 +36,7 @@ COMBINE = 8  # random stream, after those of csrc/base/rng.h
 CLIP = 3.0
 BLOCK = 1 << 18  # weights averaged at a time
 SUMS = ("row_sum", "col_sum", "sketch")
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 COUNTS = ("nonfinite", "micro", "sketch_energy")
 
 
@@ -161,7 +162,7 @@ def _parts(layer: BitLinear) -> list[Tensor]:
 def _gather(mine: Tensor) -> Tensor:
     """The same tensor of every rank, (ranks, length)."""
     gathered = mine.new_empty((world_size() * mine.numel(),))
-    dist.all_gather_into_tensor(gathered, mine.contiguous(), group=ranks.state.group)
+    _all_gather(gathered, mine.contiguous(), group=ranks.state.group)
     return gathered.view(world_size(), -1)
 
 
@@ -178,7 +179,7 @@ def _combine_residual(layer: BitLinear, world: int) -> None:
     dist.all_to_all_single(received.view(raw), padded.view(raw), group=ranks.state.group)
     first = share * dist.get_rank(ranks.state.group)
     mean = _mean(received.view(world, share), first, plane.shape[1], _control(layer))
-    dist.all_gather_into_tensor(padded.view(raw), mean.view(raw), group=ranks.state.group)
+    _all_gather(padded.view(raw), mean.view(raw), group=ranks.state.group)
     plane.copy_(padded[: plane.numel()].view_as(plane))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +163,7 @@ def test_a_factory_for_a_model_without_our_layers(folder: Path) -> None:
 @pytest.mark.slow
 def test_torch_compile(folder: Path, tmp_path: Path, plain: dict[str, torch.Tensor]) -> None:
     options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
-    trainer = run(folder, tmp_path, max_steps=6, **options)
-    got = kit.everything(trainer)
-    assert got.keys() == plain.keys()
-    before = kit.codes(replace_linear(kit.load(folder)))
-    assert kit.changed(before, kit.codes(trainer.model)) >= 0.001
+    assert kit.same(kit.everything(run(folder, tmp_path, max_steps=6, **options)), plain)
 
 
 @pytest.mark.slow
@@ -175,3 +173,20 @@ def test_no_graph_break(folder: Path) -> None:
     ids = torch.arange(32).view(2, 16)
     explained = torch._dynamo.explain(model)(input_ids=ids, labels=ids)
     assert explained.graph_break_count == 0, explained.break_reasons
+
+
+# ------------------------------------------------------------------ two processes
+@pytest.mark.slow
+def test_two_ranks_under_the_trainer(folder: Path, tmp_path: Path) -> None:
+    """Bit-identical ranks; the factory's loss is that of one process with twice the batch."""
+    script = Path(__file__).with_name("rank_trainer.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run([*command, str(folder), str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for auto in (False, True):
+        first, second = (torch.load(tmp_path / f"{auto}-{rank}.pt", weights_only=True) for rank in (0, 1))
+        assert first["wrapped"] == "DistributedDataParallel" and first["changed"] >= 0.001
+        assert kit.same(first["bits"], second["bits"])
+        if not auto:
+            alone = run(folder, tmp_path, max_steps=12, logging_steps=4)
+            assert first["losses"] == pytest.approx(kit.losses(alone), rel=0.03)
