@@ -12,10 +12,10 @@ from . import UserError
 SUBCOMMANDS = (
     "info",
     "demo",
+    "finetune",
     "convert",
     "inspect",
     "bench",
-    "finetune",
 )  # a module each, with HELP, DESCRIPTION, add_arguments(parser) and run(args) -> exit code
 
 DESCRIPTION = """\
@@ -25,6 +25,7 @@ Start here:
   onebit-ext info            which kernels this machine runs
   onebit-ext demo --numpy    a byte model in half a minute, numpy only
   onebit-ext demo            a ternary transformer learns real text, minutes, with torch
+  onebit-ext finetune        a checkpoint learns your text: packed model and GGUF out
 """
 
 
