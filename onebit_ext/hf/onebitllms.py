@@ -28,7 +28,8 @@ def replace_linear_with_bitnet_linear(model: Model, previous_dtype: torch.dtype 
     """Swap every linear layer but lm_head, in place, and return the model, ready for any Trainer and any optimizer.
 
     Whatever torch optimizer is made later also flips the codes, on its schedule (`AutoFlip`, which takes `options`,
-    for example flip_lr or seed).  `save_pretrained` of the model writes transformers' packed form.
+    for example flip_lr or seed; shadow=True begins the residuals where the floats were between two codes).
+    `save_pretrained` of the model writes transformers' packed form.
 
     previous_dtype is accepted and not used: torch's default dtype stays as it is.
     """

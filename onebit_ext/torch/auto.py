@@ -142,7 +142,7 @@ class AutoFlip:
         """Into the optimizer's state, controls as bytes: torch casts what it loads to the scale's float32."""
         for name, value in planes.items():
             optimizer.state[layer.scale][PREFIX + name] = value.view(torch.uint8) if name in CONTROLS else value
-        layer._planes, layer.control = planes, planes["draws"]
+        layer._planes, layer.control, layer._start = planes, planes["draws"], None
         owner, flip_lr = weakref.ref(optimizer), self.flip_lr
         control = ops.array(planes["control"])
 

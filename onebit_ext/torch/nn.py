@@ -101,6 +101,7 @@ class BitLinear(nn.Module):
         self._planes: dict[str, Tensor] | None = None  # the optimizer's, while one is attached
         self._sync: Callable[[], None] | None = None  # brings the learning rate of a foreign optimizer
         self._auto: Callable[[], Any] | None = None  # weakref of the AutoFlip that owns the layer
+        self._start: Tensor | None = None  # int8 (N, K), 1/128 cell: where the residual of the next optimizer begins
         self._inverse: Tensor | None = None  # weight_scale as loaded, kept verbatim until s changes
         self._register()
 
@@ -262,6 +263,7 @@ class BitLinear(nn.Module):
                 _core.validate(plane, (n, k), form)
             packed = torch.from_numpy(_core.convert(plane, (n, k), form, "tile16"))
             state_dict[prefix + "weight"] = CodesParameter(packed)
+            self._start = None  # it belonged to other codes
         if inverse is not None:
             inverse = inverse.detach().to(torch.float32, copy=True).reshape(-1)
             scale = 1 / inverse

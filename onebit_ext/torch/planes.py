@@ -59,7 +59,11 @@ def new_planes(layer: BitLinear, rule: str, /, **options: Any) -> dict[str, Tens
     options["scale_init"] = float(layer.scale.detach().mean())
     arrays = _core.new_planes(layer.out_features, layer.in_features, rule, **options)
     kinds = specs(layer)
-    return {name: _tensor(value, kinds[name][1]) for name, value in arrays.items()}
+    planes = {name: _tensor(value, kinds[name][1]) for name, value in arrays.items()}
+    start, layer._start = layer._start, None
+    if start is not None and rule.startswith("residual8") and start.shape == planes["residual"].shape:
+        planes["residual"] = start
+    return planes
 
 
 def _tensor(value: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:

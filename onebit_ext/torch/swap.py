@@ -22,6 +22,7 @@ def replace_linear(
     skip: Sequence[str] = ("lm_head",),
     auto: bool = False,
     scale: str = "tensor",
+    shadow: bool = False,
     **auto_options: Any,
 ) -> nn.Module:
     """Swap every linear layer of `model` for a BitLinear and return the model.
@@ -35,6 +36,8 @@ def replace_linear(
         auto: no optimizer argument anywhere: whatever torch optimizer owns the scales also flips the codes, see
             `AutoFlip`, which takes `auto_options`; the handle is `AutoFlip.of(model)`.
         scale: "tensor" or "row", for layers made from floats.
+        shadow: a residual begins where its float weight was between two codes, w/s - T, instead of at 0: for floats
+            that were trained as the shadow of ternary weights (a *prequantized* checkpoint).
     Raises ValueError, with the model unchanged, if a layer cannot be swapped or there is none.
     """
     if auto_options and not auto:
@@ -44,7 +47,7 @@ def replace_linear(
     targets = dict(linear_layers(model, skip))
     if not targets and not any(isinstance(module, BitLinear) for module in model.modules()):
         raise ValueError("replace_linear: the model has no linear layer to swap")
-    model = swap(model, targets, lambda module: convert(module, scale))
+    model = swap(model, targets, lambda module: convert(module, scale, shadow))
     if getattr(model, "is_quantized", False):
         model.is_quantized = False  # type: ignore[assignment]
     for trace in QUANTIZER_TRACES:
@@ -120,7 +123,7 @@ def _check_weight(module: Any, where: str) -> None:
         raise ValueError(f"{where} has a non-finite weight")
 
 
-def convert(module: Any, scale: str = "tensor") -> BitLinear:
+def convert(module: Any, scale: str = "tensor", shadow: bool = False) -> BitLinear:
     """A BitLinear with the same function as one linear layer (see `replace_linear`)."""
     weight, bias = module.weight.detach(), module.bias
     if weight.dtype == torch.uint8:  # transformers BitLinear: row blocks, inverse scale
@@ -134,6 +137,9 @@ def convert(module: Any, scale: str = "tensor") -> BitLinear:
         value = module.weight_scale.detach().float().reshape(1)
         return BitLinear.from_codes(weight, value, None if bias is None else (bias.detach() * value).to(bias.dtype))
     layer = BitLinear.from_float(weight, bias, scale)
+    if shadow and module.weight.requires_grad:
+        between = weight.float() / layer.scale.detach()[:, None] - layer.codes()
+        layer._start = (128 * between).round_().clamp_(-64, 64).to(torch.int8)
     layer.scale.requires_grad_(module.weight.requires_grad)
     if layer.bias is not None:
         layer.bias.requires_grad_(bias.requires_grad)

@@ -184,3 +184,28 @@ def test_a_swapped_model_trains() -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] and not torch.equal(before, model[0].codes())
+
+
+@pytest.mark.parametrize("scale", ["tensor", "row"])
+@pytest.mark.parametrize("auto", [False, True])
+def test_residuals_begin_at_the_shadows_fraction(scale: str, auto: bool) -> None:
+    model = nn.Sequential(nn.Linear(K, N, bias=False), nn.Linear(N, 8))
+    weights = [model[0].weight.detach().clone(), model[1].weight.detach().clone()]
+    model[1].weight.requires_grad_(False)
+    replace_linear(model, scale=scale, shadow=True, auto=auto)
+    layer = model[0]
+    if auto:
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+        layer.scale.grad = torch.zeros_like(layer.scale)
+        optimizer.step()
+    else:
+        FlipOptimizer(model)
+    s = weights[0].abs().mean(dtype=torch.float64)
+    wanted = ((weights[0].double() / s - layer.codes()) * 128).clamp(-64, 64)
+    residual = layer._planes["residual"]
+    assert residual.dtype == torch.int8 and (residual - wanted).abs().max() <= 0.5 + 1e-3
+    assert (wanted.abs() < 60).float().mean() > 0.3 and layer._start is None and model[1]._start is None
+    again = replace_linear(nn.Sequential(nn.Linear(K, N)), shadow=True)
+    again.load_state_dict(again.state_dict())  # other codes, for all it knows
+    FlipOptimizer(again)
+    assert not again[0]._planes["residual"].any()
