@@ -34,7 +34,7 @@ typedef enum ob_dtype { OB_F32 = 0, OB_BF16 = 1 } ob_dtype; /* bf16 = upper half
 
 /* Flip rules: one name per line of flip_rules/rules.def. */
 typedef enum ob_rule {
-#define OB_RULE(name, residual_bits, momentum_bits) OB_RULE_##name,
+#define OB_RULE(name, residual_bits, momentum_bits, units) OB_RULE_##name,
 #include "flip_rules/rules.def"
 #undef OB_RULE
     OB_RULE_COUNT
@@ -43,6 +43,12 @@ typedef enum ob_rule {
 const char *ob_rule_name(ob_rule rule);
 int ob_rule_residual_bits(ob_rule rule);
 int ob_rule_momentum_bits(ob_rule rule); /* 0: no momentum plane */
+int ob_rule_units(ob_rule rule);         /* residual units per cell */
+int
+ob_rule_moves_in_vote(ob_rule rule); /* 1: ob_vote writes codes, so planes->codes must be given */
+/* Bytes of a row of the residual and of the momentum plane for K inputs. */
+size_t ob_rule_residual_row_bytes(ob_rule rule, size_t k);
+size_t ob_rule_momentum_row_bytes(ob_rule rule, size_t k);
 
 /* ------------------------------------------------------------------ control
  * What a layer's flip rule reads and remembers besides its planes: float64[OB_CONTROL_LEN], integers exact below 2^53.
@@ -66,8 +72,9 @@ enum ob_control {
     OB_CTL_SCALE_INIT, /* mean scale when the optimizer was attached: the scale's lr is relative to it */
     OB_CTL_BETA1_POWER, /* beta1^t of the scale's Adam, running product, starts at 1 */
     OB_CTL_BETA2_POWER, /* beta2^t likewise */
-    OB_CTL_RESERVED0,   /* keep 0 */
-    OB_CTL_RESERVED1,
+    OB_CTL_STRIPES, /* block-cyclic: rows n % STRIPES == STRIPE own the planes; 0 or 1: all rows */
+    OB_CTL_STRIPE,  /* in [0, STRIPES) */
+    OB_CTL_VOTE_MOVED, /* codes moved by votes since the last step */
     OB_CONTROL_LEN
 };
 
@@ -80,18 +87,23 @@ typedef struct ob_weights {
     const float *bias;  /* (n,) or NULL */
 } ob_weights;
 
-typedef struct ob_planes { /* training state of one layer; all arrays are the caller's */
+typedef struct
+    ob_planes { /* training state of one layer; all arrays are the caller's; N' = ob_active_rows */
     ob_rule rule;
-    int8_t *residual;         /* (N, K) */
-    uint8_t *momentum;        /* (N, ceil(K/64), 32) nibbles, or NULL */
-    uint16_t *momentum_scale; /* (N, ceil(K/64)) bf16, or NULL */
-    float *row_factor;        /* (N,) R: running mean over steps of mean_k g^2 */
+    uint8_t *codes;    /* = ob_weights.packed, for rules that move codes in votes; NULL otherwise */
+    void *residual;    /* (N', ob_rule_residual_row_bytes), NULL if that is 0 */
+    uint8_t *momentum; /* (N', ob_rule_momentum_row_bytes), NULL if that is 0 */
+    uint16_t *momentum_scale; /* (N', ceil(K/64)) bf16, or NULL */
+    float *row_factor;        /* (N',) R: running mean over steps of mean_k g^2 */
     float *col_factor;        /* (K,) C: running mean over steps of mean_n g^2 */
-    float *row_sum;           /* (N,) this step: sum over micro-batches of mean_k g^2 */
+    float *row_sum;           /* (N',) this step: sum over micro-batches of mean_k g^2 */
     float *col_sum;           /* (K,) likewise mean_n g^2 */
-    float *sketch;            /* (N,) z: sum over micro-batches of sum_k t_k g_nk, t = +-1 */
+    float *sketch;            /* (N',) z: sum over micro-batches of sum_k t_k g_nk, t = +-1 */
     double *control;          /* (OB_CONTROL_LEN,) */
 } ob_planes;
+
+/* Rows that own planes: N, or ceil((N - STRIPE) / STRIPES) when training is block-cyclic. */
+size_t ob_active_rows(size_t n, const double *control);
 
 /* ------------------------------------------------------------------ linear
  * Padded length of an int8 activation row: 16 * ceil(K/16); the padding holds zeros. */

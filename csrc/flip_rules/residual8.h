@@ -1,15 +1,16 @@
 /* residual8.h - the 8-bit residual: e counts 1/128 of a cell, votes land in it during the backward.
  *
  *   vote:  e = clamp(e + SR(step * u), +-127),  step = -128 * eta * guard
- *   step:  nothing of its own; flip.tmpl.h moves the codes
- * +-1/2 cell is the dead zone, the other half is headroom until the step. */
+ *   step:  e > 64, T < 1: T += 1, e -= 128     e < -64, T > -1: T -= 1, e += 128     otherwise e = clamp(e, +-64)
+ * +-1/2 cell is the dead zone, the other half is headroom until the step. Few residuals pass the threshold in a step,
+ * so vectors only look for them and plain C moves the codes. */
 #ifndef OB_RULE_RESIDUAL8_H
 #define OB_RULE_RESIDUAL8_H
 
-/* 64 columns of row n; u holds their votes in units of the learning rate. */
+/* e += SR(step * u) for the `columns` columns of a block that begins at column `first`. */
 OB_INLINE void
-residual_add(int8_t *residual, size_t columns, const vf *u, float step, ob_rng_row rng,
-             size_t first)
+residual8_add(int8_t *residual, size_t columns, const vf *u, float step, ob_rng_row rng,
+              size_t first)
 {
     int8_t tail[OB_STRIP] = {0}, *e = residual;
     if (columns < OB_STRIP) {
@@ -17,29 +18,64 @@ residual_add(int8_t *residual, size_t columns, const vf *u, float step, ob_rng_r
         e = tail;
     }
     for (size_t v = 0; v < STRIP_VECTORS; v++) {
-        vf d = stochastic_round(vf_mul(u[v], vf_set1(step)), uniform_lanes(rng, first + v * LANES),
-                                127.0f);
+        vf r = uniform_lanes(rng, first + v * LANES);
+        vf d = stochastic_round(vf_mul(u[v], vf_set1(step)), r, 127.0f);
         vf moved = vf_add(vi_to_f32(vi_load_i8(e + v * LANES)), d); /* whole numbers: exact */
-        vi_store_i8(e + v * LANES,
-                    vi_from_f32(vf_max(vf_min(moved, vf_set1(127.0f)), vf_set1(-127.0f))));
+        moved = vf_max(vf_min(moved, vf_set1(127.0f)), vf_set1(-127.0f));
+        vi_store_i8(e + v * LANES, vi_from_f32(moved));
     }
     if (columns < OB_STRIP) {
         memcpy(residual, tail, columns);
     }
 }
 
-OB_INLINE void
-vote_row_residual8(const ob_vote_strip *s, size_t n, const vf *u)
+/* Move column k of the row; returns 1 if its code changed. */
+OB_INLINE uint64_t
+residual8_flip_one(const ob_flip_row *row, int8_t *residual, size_t k)
 {
-    residual_add(s->residual + n * s->k + s->strip * OB_STRIP, s->columns, u, s->step, s->rng[n],
-                 s->strip * OB_STRIP);
+    uint8_t *byte = code_byte(row->packed, row->k_steps, row->n, k);
+    unsigned shift = 2 * (unsigned)((k % 16) / 4), code = (*byte >> shift) & 3u;
+    int e = residual[k], up = e > 0;
+    if (up ? code == 2 : code == 0) { /* saturated: wait at half a cell */
+        residual[k] = (int8_t)(up ? 64 : -64);
+        return 0;
+    }
+    code = up ? code + 1 : code - 1;
+    *byte = (uint8_t)((*byte & ~(3u << shift)) | (code << shift));
+    residual[k] = (int8_t)(up ? e - 128 : e + 128);
+    return 1;
 }
 
-OB_INLINE void
-release_residual8(const ob_flip_row *row, size_t strip)
+OB_INLINE uint64_t
+residual8_flip(const ob_flip_row *row, size_t strip)
 {
-    (void)row;
-    (void)strip;
+    int8_t *residual = row->residual, tail[OB_STRIP] = {0};
+    size_t k0 = strip * OB_STRIP, columns = OB_MIN(row->k - k0, (size_t)OB_STRIP);
+    uint64_t moved = 0, beyond;
+    if (columns < OB_STRIP) {
+        memcpy(tail, residual + k0, columns);
+    }
+    for (beyond = v_mask_beyond64(columns < OB_STRIP ? tail : residual + k0); beyond;
+         beyond &= beyond - 1) {
+        moved += residual8_flip_one(row, residual, k0 + (size_t)__builtin_ctzll(beyond));
+    }
+    return moved;
+}
+
+OB_INLINE uint64_t
+vote_row_residual8(const ob_vote_strip *s, size_t i, size_t n, const vf *u)
+{
+    (void)n;
+    size_t first = s->strip * OB_STRIP;
+    residual8_add((int8_t *)s->residual + i * s->k + first, s->columns, u, s->step, s->rng[i],
+                  first);
+    return 0;
+}
+
+OB_INLINE uint64_t
+step_block_residual8(const ob_flip_row *row, size_t strip)
+{
+    return residual8_flip(row, strip);
 }
 
 #endif

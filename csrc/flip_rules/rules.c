@@ -3,9 +3,10 @@
 
 static const struct {
     const char *name;
-    int residual_bits, momentum_bits;
+    int residual_bits, momentum_bits, units;
 } rules[OB_RULE_COUNT] = {
-#define OB_RULE(name, residual_bits, momentum_bits) {#name, residual_bits, momentum_bits},
+#define OB_RULE(name, residual_bits, momentum_bits, units) \
+    {#name, residual_bits, momentum_bits, units},
 #include "rules.def"
 #undef OB_RULE
 };
@@ -26,4 +27,35 @@ int
 ob_rule_momentum_bits(ob_rule rule)
 {
     return rules[rule].momentum_bits;
+}
+
+int
+ob_rule_units(ob_rule rule)
+{
+    return rules[rule].units;
+}
+
+int
+ob_rule_moves_in_vote(ob_rule rule)
+{
+    return rules[rule].residual_bits < 8 && rules[rule].momentum_bits == 0;
+}
+
+/* Whole bytes per weight lie in order; less than a byte in blocks of 64 columns. */
+static size_t
+row_bytes(int bits, size_t k)
+{
+    return bits >= 8 ? k * (size_t)bits / 8 : (k + 63) / 64 * 8 * (size_t)bits;
+}
+
+size_t
+ob_rule_residual_row_bytes(ob_rule rule, size_t k)
+{
+    return row_bytes(rules[rule].residual_bits, k);
+}
+
+size_t
+ob_rule_momentum_row_bytes(ob_rule rule, size_t k)
+{
+    return (k + 63) / 64 * 8 * (size_t)rules[rule].momentum_bits;
 }

@@ -23,8 +23,21 @@
 
 #include "store.tmpl.h"
 
+#include "codes.tmpl.h"
+
+#include "../flip_rules/momentum.h"
+
 #include "../flip_rules/residual8.h"
+
+#include "../flip_rules/byte.h"
+#include "../flip_rules/residual16.h"
+#include "../flip_rules/residual4.h"
+
+#include "../flip_rules/residual2.h"
+#include "../flip_rules/residual4_momentum4.h"
 #include "../flip_rules/residual8_momentum4.h"
+#include "../flip_rules/residual8_momentum8.h"
+#include "../flip_rules/stochastic.h"
 
 #include "vote.tmpl.h"
 
@@ -52,13 +65,13 @@ const ob_kernels OB_TABLE_NAME(OB_ISA_NAME) = {
     .store_rows = store_rows,
     .vote_tile =
         {
-#define OB_RULE(name, residual_bits, momentum_bits) vote_tile_##name,
+#define OB_RULE(name, residual_bits, momentum_bits, units) vote_tile_##name,
 #include "../flip_rules/rules.def"
 #undef OB_RULE
         },
     .flip_row =
         {
-#define OB_RULE(name, residual_bits, momentum_bits) flip_row_##name,
+#define OB_RULE(name, residual_bits, momentum_bits, units) flip_row_##name,
 #include "../flip_rules/rules.def"
 #undef OB_RULE
         },

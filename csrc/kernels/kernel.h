@@ -16,44 +16,47 @@
 
 typedef int32_t ob_acc[OB_STRIP]; /* one row of a tile */
 
-/* One strip of 64 input columns k0..k0+63 of the weight side of a layer's backward; constant over its tiles. */
+/* One strip of 64 input columns k0..k0+63 of the weight side of a layer's backward; constant over its tiles.
+ * Rows i = 0.. are the outputs that own planes; row i is output row_first + row_stride * i (block-cyclic training). */
 typedef struct ob_vote_strip {
     /* in */
-    size_t columns;        /* 1..64 columns that exist; acc is zero beyond */
-    size_t strip;          /* index of this strip: k0 / 64 */
-    const uint8_t *packed; /* whole tile16 plane */
-    size_t k_steps;        /* ceil(K/16) */
-    const float *h_scale;  /* (N,) scale of hq per output */
-    const float *s;        /* (N,) weight scale / loss scale */
-    const float *a;        /* (N,) vote coefficient of the row */
+    size_t columns; /* 1..64 columns that exist; acc is zero beyond */
+    size_t strip;   /* index of this strip: k0 / 64 */
+    uint8_t *codes; /* whole tile16 plane; written only by rules that move codes at vote time */
+    size_t k_steps; /* ceil(K/16) */
+    size_t row_first, row_stride;
+    const float *h_scale;  /* (rows,) scale of hq per output */
+    const float *s;        /* (rows,) weight scale / loss scale */
+    const float *a;        /* (rows,) vote coefficient of the row */
     const float *c;        /* (64,) vote coefficient of the column */
     const uint32_t *sign;  /* (64,) sketch sign bits */
-    const ob_rng_row *rng; /* (N,) random rows of the rule's stream */
-    float step;            /* -128 * eta * guard */
+    const ob_rng_row *rng; /* (rows,) random rows of the rule's stream */
+    float step;            /* -units * eta * guard */
     float clip;
-    float beta1,
-        one_minus_beta1; /* momentum: m = beta1 * m + one_minus_beta1 * u; beta1 = 1 after the first micro-batch */
+    /* momentum: m = beta1 * m + one_minus_beta1 * u; beta1 = 1 after the first micro-batch */
+    float beta1, one_minus_beta1;
     int votes;                /* 0: measure only */
-    int8_t *residual;         /* (N, K), row stride k */
-    uint8_t *momentum;        /* (N, strips, 32) */
-    uint16_t *momentum_scale; /* (N, strips) */
+    void *residual;           /* (rows, K) or blocks (rows, strips, ...), see the rule */
+    uint8_t *momentum;        /* (rows, strips, ...) */
+    uint16_t *momentum_scale; /* (rows, strips) */
     size_t k, strips;
     /* out */
-    float *col_square; /* (64,) += g^2, sequential over n */
-    float *row_square; /* (N,) = sum over the strip of g^2 */
-    float *row_sketch; /* (N,) = sum over the strip of t * g */
-    int64_t *row_code; /* (N,) += sum over the strip of T * acc */
+    float *col_square; /* (64,) += g^2, sequential over the rows */
+    float *row_square; /* (rows,) = sum over the strip of g^2 */
+    float *row_sketch; /* (rows,) = sum over the strip of t * g */
+    int64_t *row_code; /* (rows,) += sum over the strip of T * acc */
+    uint64_t *moved;   /* += codes moved by votes */
 } ob_vote_strip;
 
 typedef struct ob_flip_row {
     size_t k;
-    int8_t *residual;               /* (K,) */
-    const uint8_t *momentum;        /* (strips, 32) or NULL */
+    void *residual;                 /* this row's */
+    const uint8_t *momentum;        /* (strips, ...) or NULL */
     const uint16_t *momentum_scale; /* (strips,) or NULL */
     ob_rng_row rng;                 /* stream MOMENTUM_STEP */
-    float step;                     /* -128 * eta * guard */
+    float step;                     /* -units * eta * guard */
     uint8_t *packed;                /* tile16 plane */
-    size_t k_steps, n;              /* n: this row's index */
+    size_t k_steps, n;              /* n: this row's output */
 } ob_flip_row;
 
 typedef struct ob_kernels {
@@ -97,8 +100,8 @@ typedef struct ob_kernels {
     void (*store_rows)(ob_dtype dt, size_t rows, size_t columns, const ob_acc *acc,
                        const float *row_scale, const float *s, size_t s_len, const float *bias,
                        void *out, size_t ld);
-    /* Consume rows n0..n0+rows-1 of a dW tile: votes and by-products. */
-    void (*vote_tile[OB_RULE_COUNT])(const ob_vote_strip *strip, size_t n0, size_t rows,
+    /* Consume rows i0..i0+rows-1 of a dW tile: votes and by-products. */
+    void (*vote_tile[OB_RULE_COUNT])(const ob_vote_strip *strip, size_t i0, size_t rows,
                                      const ob_acc *acc);
     /* One row's step: momentum into residual, residual into codes.  Returns codes moved. */
     uint64_t (*flip_row[OB_RULE_COUNT])(const ob_flip_row *row);

@@ -2,36 +2,27 @@
  *
  *   g = (float(acc) * h_scale_n) * s_n        sums of g^2 by row and column, sketch sum of t_k g
  *   u = clamp((float(acc) * a_n) * c_k, +-clip), NaN to 0      handed to the rule's vote_row, 64 columns of one row
- *   row_code += sum_k T_nk acc_nk             the scale's gradient, exact int64 */
-
-/* Codes 0..2 of columns 16 step .. 16 step + 15 of the strip, row n: byte kk of the dword holds column 4p + kk in bits 2p. */
-OB_INLINE vi
-code_lanes(const ob_vote_strip *s, size_t n, size_t step)
-{
-    const uint8_t *vector =
-        s->packed + (((n / 64) * s->k_steps + 4 * s->strip + step) * 4 + (n % 64) / 16) * 64;
-    int32_t dword;
-    memcpy(&dword, vector + (n % 16) * 4, sizeof dword);
-    vi lane = vi_iota();
-    vi shift =
-        vi_add(vi_sll(vi_and(lane, vi_set1(3)), 3), vi_sll(vi_srl(lane, 2), 1)); /* 8 kk + 2p */
-    return vi_and(vi_srlv(vi_set1(dword), shift), vi_set1(3));
-}
+ *   row_code += sum_k T_nk acc_nk             the scale's gradient, exact int64
+ *
+ * A rule <name> defines, on 64 columns of one row (i: its index among the rows that own planes, n: among all outputs)
+ *   vote_row_<name>(strip, i, n, u)    what a vote does in the backward; returns codes moved
+ *   step_block_<name>(row, strip)      what step() does; returns codes moved */
 
 OB_INLINE int64_t
 code_dot(const ob_vote_strip *s, size_t n, const int32_t *acc)
 {
+    code_row codes = code_row_at(s->codes, s->k_steps, n, s->strip);
     vi pair[2] = {vi_set1(0), vi_set1(0)}; /* two products of at most 65536 * 127^2 fit int32 */
     for (size_t v = 0; v < STRIP_VECTORS && v * LANES < s->columns; v++) {
-        pair[v / 2] = vi_add(
-            pair[v / 2], vi_mul(vi_sub(code_lanes(s, n, v), vi_set1(1)), vi_load(acc + v * LANES)));
+        pair[v / 2] = vi_add(pair[v / 2], vi_mul(vi_sub(load_codes(&codes, v), vi_set1(1)),
+                                                 vi_load(acc + v * LANES)));
     }
     return vi_sum64(pair[0], pair[1]);
 }
 
 OB_INLINE void
-vote_tile_body(const ob_vote_strip *s, size_t n0, size_t rows, const ob_acc *acc,
-               void (*vote_row)(const ob_vote_strip *, size_t, const vf *))
+vote_tile_body(const ob_vote_strip *s, size_t i0, size_t rows, const ob_acc *acc,
+               uint64_t (*vote_row)(const ob_vote_strip *, size_t, size_t, const vf *))
 {
     vf square[STRIP_VECTORS], c[STRIP_VECTORS], high = vf_set1(s->clip), low = vf_set1(-s->clip);
     vi sign[STRIP_VECTORS];
@@ -41,8 +32,8 @@ vote_tile_body(const ob_vote_strip *s, size_t n0, size_t rows, const ob_acc *acc
         sign[v] = vi_load((const int32_t *)s->sign + v * LANES);
     }
     for (size_t r = 0; r < rows; r++) {
-        size_t n = n0 + r;
-        vf h = vf_set1(s->h_scale[n]), sn = vf_set1(s->s[n]), a = vf_set1(s->a[n]);
+        size_t i = i0 + r, n = s->row_first + s->row_stride * i;
+        vf h = vf_set1(s->h_scale[i]), sn = vf_set1(s->s[i]), a = vf_set1(s->a[i]);
         vf row_square = vf_set1(0.0f), row_sketch = vf_set1(0.0f), u[STRIP_VECTORS];
         for (size_t v = 0; v < STRIP_VECTORS; v++) {
             vf f = vi_to_f32(vi_load(acc[r] + v * LANES));
@@ -54,11 +45,11 @@ vote_tile_body(const ob_vote_strip *s, size_t n0, size_t rows, const ob_acc *acc
             u[v] = vf_zero_nan(vf_mul(vf_mul(f, a), c[v]));
             u[v] = vf_max(vf_min(u[v], high), low);
         }
-        s->row_square[n] = vf_sum(row_square);
-        s->row_sketch[n] = vf_sum(row_sketch);
-        s->row_code[n] += code_dot(s, n, acc[r]);
+        s->row_square[i] = vf_sum(row_square);
+        s->row_sketch[i] = vf_sum(row_sketch);
+        s->row_code[i] += code_dot(s, n, acc[r]);
         if (s->votes) {
-            vote_row(s, n, u);
+            *s->moved += vote_row(s, i, n, u);
         }
     }
     for (size_t v = 0; v < STRIP_VECTORS; v++) {
@@ -66,11 +57,11 @@ vote_tile_body(const ob_vote_strip *s, size_t n0, size_t rows, const ob_acc *acc
     }
 }
 
-#define OB_RULE(name, residual_bits, momentum_bits)                              \
-    static void vote_tile_##name(const ob_vote_strip *s, size_t n0, size_t rows, \
+#define OB_RULE(name, residual_bits, momentum_bits, units)                       \
+    static void vote_tile_##name(const ob_vote_strip *s, size_t i0, size_t rows, \
                                  const ob_acc *acc)                              \
     {                                                                            \
-        vote_tile_body(s, n0, rows, acc, vote_row_##name);                       \
+        vote_tile_body(s, i0, rows, acc, vote_row_##name);                       \
     }
 #include "../flip_rules/rules.def"
 #undef OB_RULE

@@ -10,37 +10,50 @@
 
 typedef struct flip_call {
     const ob_kernels *kernels;
-    size_t n, k;
+    size_t rows, k, first, stride; /* rows that own planes, and which outputs they are */
     uint8_t *packed;
     const ob_planes *planes;
     uint64_t key, moved;
     float step;
 } flip_call;
 
-/* 64 rows: a strip of the packed plane, so that no two tasks write one cache line of codes. */
+/* 64 rows: a strip of the packed plane, so that few tasks write one cache line of codes. */
 static void
 flip_rows(void *arg, size_t task, size_t thread)
 {
     flip_call *f = arg;
     const ob_planes *p = f->planes;
-    size_t strips = OB_CEIL_DIV(f->k, (size_t)OB_STRIP), end = OB_MIN(f->n, (task + 1) * OB_STRIP);
+    size_t strips = OB_CEIL_DIV(f->k, (size_t)OB_STRIP);
+    size_t end = OB_MIN(f->rows, (task + 1) * OB_STRIP);
+    size_t residual_bytes = ob_rule_residual_row_bytes(p->rule, f->k);
+    size_t momentum_bytes = ob_rule_momentum_row_bytes(p->rule, f->k);
     uint64_t moved = 0;
     (void)thread;
-    for (size_t n = task * OB_STRIP; n < end; n++) {
+    for (size_t i = task * OB_STRIP; i < end; i++) {
+        size_t n = f->first + f->stride * i;
         ob_flip_row row = {.k = f->k,
-                           .residual = p->residual + n * f->k,
                            .rng = ob_rng_at_row(f->key, n),
                            .step = f->step,
                            .packed = f->packed,
                            .k_steps = ob_padded_k(f->k) / 16,
                            .n = n};
-        if (p->momentum) {
-            row.momentum = p->momentum + n * strips * (OB_STRIP / 2);
-            row.momentum_scale = p->momentum_scale + n * strips;
+        if (residual_bytes) {
+            row.residual = (char *)p->residual + i * residual_bytes;
+        }
+        if (momentum_bytes) {
+            row.momentum = p->momentum + i * momentum_bytes;
+            row.momentum_scale = p->momentum_scale + i * strips;
         }
         moved += f->kernels->flip_row[p->rule](&row);
     }
     __atomic_fetch_add(&f->moved, moved, __ATOMIC_RELAXED);
+}
+
+size_t
+ob_active_rows(size_t n, const double *control)
+{
+    size_t stripes = ob_stripes(control), first = stripes > 1 ? (size_t)control[OB_CTL_STRIPE] : 0;
+    return n > first ? OB_CEIL_DIV(n - first, stripes) : 0;
 }
 
 static void
@@ -87,8 +100,9 @@ update_guard(double *control, uint64_t moved, double numel)
 void
 ob_discard(size_t n, size_t k, ob_planes *planes)
 {
-    memset(planes->row_sum, 0, n * sizeof(float));
-    memset(planes->sketch, 0, n * sizeof(float));
+    size_t rows = ob_active_rows(n, planes->control);
+    memset(planes->row_sum, 0, rows * sizeof(float));
+    memset(planes->sketch, 0, rows * sizeof(float));
     memset(planes->col_sum, 0, k * sizeof(float));
     planes->control[OB_CTL_SKETCH_ENERGY] = 0.0;
     planes->control[OB_CTL_NONFINITE] = 0.0;
@@ -98,6 +112,7 @@ ob_status
 ob_flip(size_t n, size_t k, uint8_t *packed, ob_planes *planes, uint64_t *moved)
 {
     double *control = planes->control;
+    size_t rows = ob_active_rows(n, control);
     *moved = 0;
     if (!(control[OB_CTL_MICRO] > 0)) {
         return OB_OK;
@@ -105,23 +120,28 @@ ob_flip(size_t n, size_t k, uint8_t *packed, ob_planes *planes, uint64_t *moved)
     uint64_t fp = ob_fp_default();
     if (control[OB_CTL_STEP] > 0) {
         flip_call f = {.kernels = ob_kernels_active(),
-                       .n = n,
+                       .rows = rows,
                        .k = k,
+                       .first = ob_stripes(control) > 1 ? (size_t)control[OB_CTL_STRIPE] : 0,
+                       .stride = ob_stripes(control),
                        .packed = packed,
                        .planes = planes,
                        .key = ob_control_key(control, 0.0, OB_STREAM_MOMENTUM_STEP),
-                       .step = ob_control_step(control)};
-        ob_parallel(OB_CEIL_DIV(n, (size_t)OB_STRIP), flip_rows, &f);
-        *moved = f.moved;
+                       .step = ob_control_step(planes->rule, control)};
+        if (!ob_rule_moves_in_vote(planes->rule)) {
+            ob_parallel(OB_CEIL_DIV(rows, (size_t)OB_STRIP), flip_rows, &f);
+        }
+        *moved = f.moved + (uint64_t)control[OB_CTL_VOTE_MOVED];
     }
-    update_guard(control, *moved, (double)n * (double)k);
-    float rho = agreement(n, planes);
-    update_factor(n, planes->row_factor, planes->row_sum, rho, control);
+    update_guard(control, *moved, (double)rows * (double)k);
+    float rho = agreement(rows, planes);
+    update_factor(rows, planes->row_factor, planes->row_sum, rho, control);
     update_factor(k, planes->col_factor, planes->col_sum, rho, control);
     ob_discard(n, k, planes);
     control[OB_CTL_STEP] += 1.0;
     control[OB_CTL_MICRO] = 0.0;
     control[OB_CTL_MOVED] = (double)*moved;
+    control[OB_CTL_VOTE_MOVED] = 0.0;
     ob_fp_restore(fp);
     return OB_OK;
 }

@@ -28,11 +28,18 @@ ob_control_key(const double *control, double micro, enum ob_stream stream)
                       (uint64_t)control[OB_CTL_STEP], (uint64_t)micro, stream);
 }
 
-/* -128 * eta * guard: a vote of 1 in units of the residual */
+/* -units * eta * guard: a vote of 1 in units of the residual */
 OB_INLINE float
-ob_control_step(const double *control)
+ob_control_step(ob_rule rule, const double *control)
 {
-    return (-128.0f * (float)control[OB_CTL_ETA]) * (float)control[OB_CTL_GUARD];
+    return (-(float)ob_rule_units(rule) * (float)control[OB_CTL_ETA]) *
+           (float)control[OB_CTL_GUARD];
+}
+
+OB_INLINE size_t
+ob_stripes(const double *control)
+{
+    return control[OB_CTL_STRIPES] > 1 ? (size_t)control[OB_CTL_STRIPES] : 1;
 }
 
 #endif

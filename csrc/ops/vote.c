@@ -19,6 +19,8 @@ typedef struct vote_call {
     const double *control;
     ob_dtype dt;
     size_t strips, threads, m_padded;
+    size_t rows, first, stride; /* outputs that own planes: first + stride * i */
+    uint64_t moved;             /* by votes */
     /* this chunk of tokens */
     size_t m, micro;
     const char *dy;
@@ -27,46 +29,83 @@ typedef struct vote_call {
     uint64_t key;
     int nonfinite;
     /* scratch */
-    float *h_scale, *bias_sum, *s, *a, *c; /* (N), (N), (N), (N), (strips, 64) */
-    int32_t *h_sum;                        /* (N) */
-    uint32_t *sign;                        /* (strips, 64) */
-    ob_rng_row *rng;                       /* (N) */
-    int8_t *hq;                            /* (N, m_padded) */
-    uint8_t *panels;                       /* (threads, 64 * m_padded) */
-    float *col_square;                     /* (strips, 64) */
-    float *row_square, *row_sketch;        /* (strips, N) */
-    int64_t *row_code;                     /* (threads, N) */
+    float *h_scale, *s, *a;         /* (rows,) */
+    float *c;                       /* (strips, 64) */
+    float *bias_sum;                /* (N,) */
+    int32_t *h_sum;                 /* (rows,) */
+    uint32_t *sign;                 /* (strips, 64) */
+    ob_rng_row *rng;                /* (rows,) */
+    int8_t *hq;                     /* (rows, m_padded) */
+    uint8_t *panels;                /* (threads, 64 * m_padded) */
+    char *gathered;                 /* (threads, M, 64) of dY: rows that are not contiguous */
+    float *col_square;              /* (strips, 64) */
+    float *row_square, *row_sketch; /* (strips, rows) */
+    int64_t *row_code;              /* (threads, rows) */
 } vote_call;
+
+/* Columns first + stride * i of dY for the 64 rows from i0, side by side; where they are already, nothing is copied. */
+static const char *
+gather_columns(vote_call *v, size_t i0, size_t columns, size_t thread, size_t *ld)
+{
+    size_t bytes = ob_dtype_bytes(v->dt);
+    *ld = v->w->n;
+    if (v->stride == 1) {
+        return v->dy + i0 * bytes;
+    }
+    char *out = v->gathered + thread * v->m * OB_STRIP * bytes;
+    *ld = OB_STRIP;
+    for (size_t t = 0; t < v->m; t++) {
+        const char *in = v->dy + (t * v->w->n + v->first + v->stride * i0) * bytes;
+        for (size_t j = 0; j < columns; j++) {
+            memcpy(out + (t * OB_STRIP + j) * bytes, in + v->stride * j * bytes, bytes);
+        }
+    }
+    return out;
+}
 
 /* Absmax of 64 output columns; a finite strip is quantised while its dY is in cache. */
 static void
 quantize_outputs(void *arg, size_t task, size_t thread)
 {
     vote_call *v = arg;
-    size_t n = v->w->n, n0 = task * OB_STRIP, columns = OB_MIN(n - n0, (size_t)OB_STRIP);
-    const char *dy = v->dy + n0 * ob_dtype_bytes(v->dt);
+    size_t i0 = task * OB_STRIP, columns = OB_MIN(v->rows - i0, (size_t)OB_STRIP), ld;
+    const char *dy = gather_columns(v, i0, columns, thread, &ld);
     uint32_t absmax[OB_STRIP];
     float sum[OB_STRIP], inverse[OB_STRIP];
     ob_rng_row rng[OB_STRIP];
     int bad = 0;
-    (void)thread;
-    v->kernels->column_absmax(v->dt, v->m, columns, dy, n, v->sx, absmax, sum);
+    v->kernels->column_absmax(v->dt, v->m, columns, dy, ld, v->sx, absmax, sum);
     for (size_t j = 0; j < columns; j++) {
+        size_t n = v->first + v->stride * (i0 + j);
         float top;
         memcpy(&top, absmax + j, sizeof top);
         bad |= absmax[j] >= 0x7F800000u;
         inverse[j] = top < OB_TINY ? 0.0f : 127.0f / top;
-        v->h_scale[n0 + j] = top < OB_TINY ? 0.0f : top / 127.0f;
-        v->bias_sum[n0 + j] = sum[j];
-        rng[j] = ob_rng_at_row(v->key, n0 + j);
+        v->h_scale[i0 + j] = top < OB_TINY ? 0.0f : top / 127.0f;
+        v->bias_sum[n] = sum[j];
+        rng[j] = ob_rng_at_row(v->key, n);
     }
     if (bad) {
         __atomic_store_n(&v->nonfinite, 1, __ATOMIC_RELAXED);
     }
     else {
-        v->kernels->quantize_columns_sr(v->dt, v->m, columns, dy, n, v->sx, inverse, rng,
-                                        v->hq + n0 * v->m_padded, v->m_padded, v->h_sum + n0);
+        v->kernels->quantize_columns_sr(v->dt, v->m, columns, dy, ld, v->sx, inverse, rng,
+                                        v->hq + i0 * v->m_padded, v->m_padded, v->h_sum + i0);
     }
+}
+
+/* The bias has every row, also when only a stripe of them is in training. */
+static void
+sum_bias(void *arg, size_t task, size_t thread)
+{
+    vote_call *v = arg;
+    size_t n0 = task * OB_STRIP, columns = OB_MIN(v->w->n - n0, (size_t)OB_STRIP);
+    uint32_t absmax[OB_STRIP];
+    float sum[OB_STRIP];
+    (void)thread;
+    v->kernels->column_absmax(v->dt, v->m, columns, v->dy + n0 * ob_dtype_bytes(v->dt), v->w->n,
+                              v->sx, absmax, sum);
+    memcpy(v->bias_sum + n0, sum, columns * sizeof *sum);
 }
 
 static void
@@ -76,11 +115,15 @@ vote_strip(void *arg, size_t task, size_t thread)
     const ob_weights *w = v->w;
     const double *control = v->control;
     uint8_t *panel = v->panels + thread * OB_STRIP * v->m_padded;
+    uint64_t moved = 0;
+    ob_rule rule = v->planes ? v->planes->rule : (ob_rule)0;
     ob_vote_strip strip = {
         .columns = OB_MIN(w->k - task * OB_STRIP, (size_t)OB_STRIP),
         .strip = task,
-        .packed = w->packed,
+        .codes = v->planes && v->planes->codes ? v->planes->codes : (uint8_t *)(uintptr_t)w->packed,
         .k_steps = ob_padded_k(w->k) / 16,
+        .row_first = v->first,
+        .row_stride = v->stride,
         .h_scale = v->h_scale,
         .s = v->s,
         .a = v->a,
@@ -90,13 +133,14 @@ vote_strip(void *arg, size_t task, size_t thread)
         .k = w->k,
         .strips = v->strips,
         .col_square = v->col_square + task * OB_STRIP,
-        .row_square = v->row_square + task * w->n,
-        .row_sketch = v->row_sketch + task * w->n,
-        .row_code = v->row_code + thread * w->n,
+        .row_square = v->row_square + task * v->rows,
+        .row_sketch = v->row_sketch + task * v->rows,
+        .row_code = v->row_code + thread * v->rows,
+        .moved = &moved,
     };
     if (v->planes) {
         strip.votes = control[OB_CTL_STEP] > 0;
-        strip.step = ob_control_step(control);
+        strip.step = ob_control_step(rule, control);
         strip.clip = (float)control[OB_CTL_CLIP];
         strip.beta1 = v->micro == 0 ? (float)control[OB_CTL_BETA1] : 1.0f;
         strip.one_minus_beta1 = (float)(1.0 - control[OB_CTL_BETA1]);
@@ -104,16 +148,16 @@ vote_strip(void *arg, size_t task, size_t thread)
         strip.momentum = v->planes->momentum;
         strip.momentum_scale = v->planes->momentum_scale;
     }
-    ob_rule rule = v->planes ? v->planes->rule : (ob_rule)0;
     v->kernels->pack_token_panel(v->m, v->xq, ob_padded_k(w->k), task, panel);
     memset(strip.col_square, 0, OB_STRIP * sizeof(float));
-    for (size_t n = 0, rows; n < w->n; n += rows) {
+    for (size_t i = 0, rows; i < v->rows; i += rows) {
         ob_acc acc[OB_MAX_ROWS];
-        rows = OB_MIN(w->n - n, v->kernels->weight_rows);
-        v->kernels->dot_weight(rows, v->m_padded, panel, v->hq + n * v->m_padded, v->m_padded,
-                               v->h_sum + n, acc);
-        v->kernels->vote_tile[rule](&strip, n, rows, (const ob_acc *)acc);
+        rows = OB_MIN(v->rows - i, v->kernels->weight_rows);
+        v->kernels->dot_weight(rows, v->m_padded, panel, v->hq + i * v->m_padded, v->m_padded,
+                               v->h_sum + i, acc);
+        v->kernels->vote_tile[rule](&strip, i, rows, (const ob_acc *)acc);
     }
+    __atomic_fetch_add(&v->moved, moved, __ATOMIC_RELAXED);
 }
 
 /* Coefficients of rows and columns, random rows, sketch signs. */
@@ -128,19 +172,20 @@ prepare_votes(vote_call *v)
     int votes = v->planes && v->control[OB_CTL_STEP] > 0;
     if (votes) {
         double total = 0.0;
-        for (size_t n = 0; n < w->n; n++) {
-            total += v->planes->row_factor[n];
+        for (size_t i = 0; i < v->rows; i++) {
+            total += v->planes->row_factor[i];
         }
-        mean = (float)(total / (double)w->n);
+        mean = (float)(total / (double)v->rows);
         enum ob_stream stream =
             ob_rule_momentum_bits(v->planes->rule) ? OB_STREAM_MOMENTUM : OB_STREAM_VOTE;
         key = ob_control_key(v->control, (double)v->micro, stream);
     }
-    for (size_t n = 0; n < w->n; n++) {
-        float ratio = votes ? v->planes->row_factor[n] / mean : 0.0f;
-        v->s[n] = w->scale[w->scale_len == 1 ? 0 : n] * inverse_loss_scale;
-        v->a[n] = ratio > 0.0f ? (v->h_scale[n] * v->s[n]) / sqrtf(ratio) : 0.0f;
-        v->rng[n] = ob_rng_at_row(key, n);
+    for (size_t i = 0; i < v->rows; i++) {
+        size_t n = v->first + v->stride * i;
+        float ratio = votes ? v->planes->row_factor[i] / mean : 0.0f;
+        v->s[i] = w->scale[w->scale_len == 1 ? 0 : n] * inverse_loss_scale;
+        v->a[i] = ratio > 0.0f ? (v->h_scale[i] * v->s[i]) / sqrtf(ratio) : 0.0f;
+        v->rng[i] = ob_rng_at_row(key, n);
     }
     for (size_t k = 0; k < v->strips * OB_STRIP; k++) {
         float factor = votes && k < w->k ? v->planes->col_factor[k] : 0.0f;
@@ -154,46 +199,47 @@ static void
 collect_sums(vote_call *v)
 {
     ob_planes *planes = v->planes;
-    size_t n_count = v->w->n, k_count = v->w->k;
+    size_t rows = v->rows, k_count = v->w->k;
     double energy = 0.0;
-    for (size_t n = 0; n < n_count; n++) {
+    for (size_t i = 0; i < rows; i++) {
         float square = 0.0f, sketch = 0.0f;
         for (size_t j = 0; j < v->strips; j++) {
-            square = j ? square + v->row_square[j * n_count + n] : v->row_square[n];
-            sketch = j ? sketch + v->row_sketch[j * n_count + n] : v->row_sketch[n];
+            square = j ? square + v->row_square[j * rows + i] : v->row_square[i];
+            sketch = j ? sketch + v->row_sketch[j * rows + i] : v->row_sketch[i];
         }
         if (k_count) {
-            planes->row_sum[n] += square / (float)k_count;
+            planes->row_sum[i] += square / (float)k_count;
         }
-        planes->sketch[n] += sketch;
+        planes->sketch[i] += sketch;
         energy += (double)sketch * (double)sketch;
     }
-    for (size_t k = 0; k < k_count && n_count; k++) {
-        planes->col_sum[k] += v->col_square[k] / (float)n_count;
+    for (size_t k = 0; k < k_count && rows; k++) {
+        planes->col_sum[k] += v->col_square[k] / (float)rows;
     }
     planes->control[OB_CTL_SKETCH_ENERGY] += energy;
     planes->control[OB_CTL_MICRO] += 1.0;
+    planes->control[OB_CTL_VOTE_MOVED] += (double)v->moved;
 }
 
+/* A tensor's scale gets the active rows' share times the number of stripes. */
 static void
 collect_scale_gradient(vote_call *v, float *ds)
 {
-    size_t n_count = v->w->n;
     double total = 0.0;
-    for (size_t n = 0; n < n_count; n++) {
+    for (size_t i = 0; i < v->rows; i++) {
         int64_t sum = 0;
         for (size_t t = 0; t < v->threads; t++) {
-            sum += v->row_code[t * n_count + n];
+            sum += v->row_code[t * v->rows + i];
         }
         if (v->w->scale_len == 1) {
-            total += (double)sum * (double)v->h_scale[n];
+            total += (double)sum * (double)v->h_scale[i];
         }
         else {
-            ds[n] += (float)sum * v->h_scale[n];
+            ds[v->first + v->stride * i] += (float)sum * v->h_scale[i];
         }
     }
     if (v->w->scale_len == 1) {
-        ds[0] += (float)total;
+        ds[0] += (float)(total * (double)v->stride);
     }
 }
 
@@ -201,9 +247,10 @@ static void
 vote_chunk(vote_call *v, float *ds, float *db)
 {
     size_t n_count = v->w->n;
+    v->moved = 0;
     if (v->strips && (v->planes || ds)) {
         prepare_votes(v);
-        memset(v->row_code, 0, v->threads * n_count * sizeof *v->row_code);
+        memset(v->row_code, 0, v->threads * v->rows * sizeof *v->row_code);
         ob_parallel_on(v->threads, v->strips, vote_strip, v);
         if (ds) {
             collect_scale_gradient(v, ds);
@@ -211,6 +258,9 @@ vote_chunk(vote_call *v, float *ds, float *db)
     }
     if (v->planes) {
         collect_sums(v);
+    }
+    if (db && v->stride > 1) {
+        ob_parallel(OB_CEIL_DIV(n_count, (size_t)OB_STRIP), sum_bias, v);
     }
     if (db) {
         for (size_t n = 0; n < n_count; n++) {
@@ -223,12 +273,13 @@ vote_chunk(vote_call *v, float *ds, float *db)
 static void *
 take_scratch(vote_call *v, size_t m)
 {
-    size_t n = v->w->n, padded_k = v->strips * OB_STRIP, hq, panels, rows, codes;
+    size_t n = v->rows, padded_k = v->strips * OB_STRIP, hq, panels, gathered, rows, codes;
     v->m_padded = OB_CEIL_DIV(m, (size_t)4) * 4;
     if (!ob_mul(n, v->m_padded, &hq) || !ob_mul(v->threads * OB_STRIP, v->m_padded, &panels) ||
+        !ob_mul(v->stride > 1 ? panels : 0, ob_dtype_bytes(v->dt), &gathered) ||
         !ob_mul(v->strips * sizeof(float), n, &rows) ||
-        !ob_mul(v->threads * sizeof(int64_t), n, &codes) || hq > SIZE_MAX / 8 ||
-        panels > SIZE_MAX / 8 || rows > SIZE_MAX / 8 || codes > SIZE_MAX / 8) {
+        !ob_mul(v->threads * sizeof(int64_t), n, &codes) ||
+        OB_MAX(OB_MAX(hq, panels), OB_MAX(gathered, OB_MAX(rows, codes))) > SIZE_MAX / 16) {
         return NULL;
     }
     const struct {
@@ -237,13 +288,14 @@ take_scratch(vote_call *v, size_t m)
     } parts[] = {
         {&v->hq, hq},
         {&v->panels, panels},
+        {&v->gathered, gathered},
         {&v->row_square, rows},
         {&v->row_sketch, rows},
         {&v->row_code, codes},
         {&v->h_scale, n * sizeof(float)},
         {&v->s, n * sizeof(float)},
         {&v->a, n * sizeof(float)},
-        {&v->bias_sum, n * sizeof(float)},
+        {&v->bias_sum, v->w->n * sizeof(float)},
         {&v->h_sum, n * sizeof(int32_t)},
         {&v->rng, n * sizeof(ob_rng_row)},
         {&v->c, padded_k * sizeof(float)},
@@ -274,7 +326,7 @@ load_chunk(vote_call *v, size_t chunk, size_t m, const char *dy, const int8_t *x
     v->sx = sx + first;
     v->micro = (size_t)v->control[OB_CTL_MICRO] + (v->planes ? 0 : chunk);
     v->key = ob_control_key(v->control, (double)v->micro, OB_STREAM_WEIGHT_GRAD);
-    ob_parallel(OB_CEIL_DIV(v->w->n, (size_t)OB_STRIP), quantize_outputs, v);
+    ob_parallel_on(v->threads, OB_CEIL_DIV(v->rows, (size_t)OB_STRIP), quantize_outputs, v);
     return !v->nonfinite;
 }
 
@@ -314,7 +366,14 @@ ob_vote(const ob_weights *w, size_t m, ob_dtype dt, const void *dy, const int8_t
                    .control = planes ? planes->control : control,
                    .dt = dt,
                    .strips = OB_CEIL_DIV(w->k, (size_t)OB_STRIP),
-                   .threads = ob_num_threads()};
+                   .threads = ob_num_threads(),
+                   .rows = w->n,
+                   .stride = 1};
+    if (planes && ob_stripes(planes->control) > 1) {
+        v.rows = ob_active_rows(w->n, planes->control);
+        v.first = (size_t)planes->control[OB_CTL_STRIPE];
+        v.stride = ob_stripes(planes->control);
+    }
     void *scratch = take_scratch(&v, OB_MIN(m, (size_t)OB_TOKENS_PER_VOTE));
     if (!scratch) {
         return OB_NO_MEMORY;

@@ -1,0 +1,53 @@
+/* residual16.h - the 16-bit residual for very long runs or many micro-batches: e counts 1/16384 of a cell.
+ *
+ *   vote:  e = clamp(e + SR(step * u), +-16256),  step = -16384 * eta * guard
+ *   step:  as residual8 with 8192 for 64 and 16384 for 128
+ * +-16256 is the same +-127/128 of a cell as with 8 bits; SR(v) = clamp(floor(v + r), +-16256). */
+#ifndef OB_RULE_RESIDUAL16_H
+#define OB_RULE_RESIDUAL16_H
+
+OB_INLINE uint64_t
+vote_row_residual16(const ob_vote_strip *s, size_t i, size_t n, const vf *u)
+{
+    (void)n;
+    int16_t *e = (int16_t *)s->residual + i * s->k + s->strip * OB_STRIP;
+    for (size_t v = 0; v < STRIP_VECTORS && v * LANES < s->columns; v++) {
+        vf r = uniform_lanes(s->rng[i], s->strip * OB_STRIP + v * LANES);
+        vf d = stochastic_round(vf_mul(u[v], vf_set1(s->step)), r, 16256.0f);
+        size_t count = OB_MIN(s->columns - v * LANES, (size_t)LANES);
+        uint16_t block[LANES] = {0};
+        memcpy(block, e + v * LANES, count * sizeof *e);
+        vf moved = vf_add(vi_to_f32(vi_sra(vi_sll(vi_load_u16(block), 16), 16)), d);
+        moved = vf_max(vf_min(moved, vf_set1(16256.0f)), vf_set1(-16256.0f));
+        vi_store_u16(block, vi_and(vi_from_f32(moved), vi_set1(0xFFFF)));
+        memcpy(e + v * LANES, block, count * sizeof *e);
+    }
+    return 0;
+}
+
+OB_INLINE uint64_t
+step_block_residual16(const ob_flip_row *row, size_t strip)
+{
+    int16_t *residual = row->residual;
+    size_t k0 = strip * OB_STRIP, end = OB_MIN(row->k, k0 + OB_STRIP);
+    uint64_t moved = 0;
+    for (size_t k = k0; k < end; k++) {
+        int e = residual[k], up = e > 0;
+        if (e <= 8192 && e >= -8192) {
+            continue;
+        }
+        uint8_t *byte = code_byte(row->packed, row->k_steps, row->n, k);
+        unsigned shift = 2 * (unsigned)((k % 16) / 4), code = (*byte >> shift) & 3u;
+        if (up ? code == 2 : code == 0) {
+            residual[k] = (int16_t)(up ? 8192 : -8192);
+            continue;
+        }
+        code = up ? code + 1 : code - 1;
+        *byte = (uint8_t)((*byte & ~(3u << shift)) | (code << shift));
+        residual[k] = (int16_t)(up ? e - 16384 : e + 16384);
+        moved++;
+    }
+    return moved;
+}
+
+#endif

@@ -1,0 +1,78 @@
+/* codes.tmpl.h - 64 columns of one output row in the tile16 plane as lanes, and the small packings of the planes. */
+
+/* The four dwords that hold a row's codes of one strip; dword v is columns 16v .. 16v+15, 256 bytes apart. */
+typedef struct code_row {
+    uint8_t *first;
+} code_row;
+
+OB_INLINE code_row
+code_row_at(uint8_t *packed, size_t k_steps, size_t n, size_t strip)
+{
+    code_row row = {packed + (((n / 64) * k_steps + 4 * strip) * 4 + (n % 64) / 16) * 64 +
+                    (n % 16) * 4};
+    return row;
+}
+
+OB_INLINE uint8_t *
+code_byte(uint8_t *packed, size_t k_steps, size_t n, size_t k)
+{
+    return packed + (((n / 64) * k_steps + k / 16) * 4 + (n % 64) / 16) * 64 + (n % 16) * 4 + k % 4;
+}
+
+/* Lane k of 16: byte kk = k % 4 of the dword, bits 2p with p = k / 4. */
+OB_INLINE vi
+code_shifts(void)
+{
+    vi lane = vi_iota();
+    return vi_add(vi_sll(vi_and(lane, vi_set1(3)), 3), vi_sll(vi_srl(lane, 2), 1));
+}
+
+/* Codes 0..2 of columns 16v .. 16v+15. */
+OB_INLINE vi
+load_codes(const code_row *row, size_t v)
+{
+    int32_t dword;
+    memcpy(&dword, row->first + 256 * v, sizeof dword);
+    return vi_and(vi_srlv(vi_set1(dword), code_shifts()), vi_set1(3));
+}
+
+/* Write codes 0..2 of the first `count` of those columns (the rest is padding and stays); returns how many changed. */
+OB_INLINE uint64_t
+store_codes(const code_row *row, size_t v, size_t count, vi codes)
+{
+    static const int32_t weight[LANES] = {1 << 0,  1 << 8,  1 << 16, 1 << 24, 1 << 2,  1 << 10,
+                                          1 << 18, 1 << 26, 1 << 4,  1 << 12, 1 << 20, 1 << 28,
+                                          1 << 6,  1 << 14, 1 << 22, 1 << 30};
+    uint32_t before, mask = 0;
+    uint32_t after =
+        (uint32_t)vi_sum(vi_mul(codes, vi_load(weight))); /* disjoint bits: a sum is an OR */
+    memcpy(&before, row->first + 256 * v, sizeof before);
+    for (size_t k = count; k < LANES; k++) {
+        mask |= 3u * (uint32_t)weight[k];
+    }
+    after = (after & ~mask) | (before & mask);
+    memcpy(row->first + 256 * v, &after, sizeof after);
+    uint32_t changed = before ^ after;
+    return (uint64_t)__builtin_popcount((changed | changed >> 1) & 0x55555555u);
+}
+
+/* 64 signed nibbles in 32 bytes: byte j = column j (low) and column j + 32 (high). */
+OB_INLINE void
+load_nibbles(const uint8_t *bytes, vi *e)
+{
+    for (size_t half = 0; half < 2; half++) {
+        vi both = vi_load_i8((const int8_t *)bytes + half * LANES);
+        e[half] = vi_sra(vi_sll(both, 28), 28);
+        e[half + 2] = vi_sra(vi_sll(both, 24), 28);
+    }
+}
+
+OB_INLINE void
+store_nibbles(uint8_t *bytes, const vi *e)
+{
+    for (size_t half = 0; half < 2; half++) {
+        vi low = vi_and(e[half], vi_set1(15)), high = vi_sll(vi_and(e[half + 2], vi_set1(15)), 4);
+        vi both = vi_sra(vi_sll(vi_or(low, high), 24), 24); /* vi_store_i8 takes values of int8 */
+        vi_store_i8((int8_t *)bytes + half * LANES, both);
+    }
+}
