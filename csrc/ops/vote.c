@@ -1,7 +1,7 @@
 /* vote.c - the weight side of the backward: quantise dY by output column, multiply by 64-column strips, vote.
  *
- * A strip of input columns has one owner, which walks the outputs in order: column sums are sequential, and row sums
- * are kept per strip and added in strip order, so no result depends on the threads. */
+ * A task is one strip of input columns times one block of rows, which it walks in order. Column sums are kept per block
+ * and row sums per strip, and added in order afterwards, so no result depends on the threads. */
 #include <math.h>
 #include <string.h>
 
@@ -12,13 +12,15 @@
 #include "../kernels/kernel.h"
 #include "ops.h"
 
+enum { ROW_BLOCK = 256 };
+
 typedef struct vote_call {
     const ob_kernels *kernels;
     const ob_weights *w;
     ob_planes *planes; /* NULL: only ds and db */
     const double *control;
     ob_dtype dt;
-    size_t strips, threads, m_padded;
+    size_t strips, blocks, threads, m_padded;
     size_t rows, first, stride; /* outputs that own planes: first + stride * i */
     uint64_t moved;             /* by votes */
     /* this chunk of tokens */
@@ -38,7 +40,7 @@ typedef struct vote_call {
     int8_t *hq;                     /* (rows, m_padded) */
     uint8_t *panels;                /* (threads, 64 * m_padded) */
     char *gathered;                 /* (threads, M, 64) of dY: rows that are not contiguous */
-    float *col_square;              /* (strips, 64) */
+    float *col_square;              /* (blocks, strips, 64) */
     float *row_square, *row_sketch; /* (strips, rows) */
     int64_t *row_code;              /* (threads, rows) */
 } vote_call;
@@ -115,11 +117,13 @@ vote_strip(void *arg, size_t task, size_t thread)
     const ob_weights *w = v->w;
     const double *control = v->control;
     uint8_t *panel = v->panels + thread * OB_STRIP * v->m_padded;
+    size_t block = task / v->strips, index = task % v->strips;
+    size_t end = OB_MIN(v->rows, (block + 1) * ROW_BLOCK);
     uint64_t moved = 0;
     ob_rule rule = v->planes ? v->planes->rule : (ob_rule)0;
     ob_vote_strip strip = {
-        .columns = OB_MIN(w->k - task * OB_STRIP, (size_t)OB_STRIP),
-        .strip = task,
+        .columns = OB_MIN(w->k - index * OB_STRIP, (size_t)OB_STRIP),
+        .strip = index,
         .codes = v->planes && v->planes->codes ? v->planes->codes : (uint8_t *)(uintptr_t)w->packed,
         .k_steps = ob_padded_k(w->k) / 16,
         .row_first = v->first,
@@ -127,14 +131,14 @@ vote_strip(void *arg, size_t task, size_t thread)
         .h_scale = v->h_scale,
         .s = v->s,
         .a = v->a,
-        .c = v->c + task * OB_STRIP,
-        .sign = v->sign + task * OB_STRIP,
+        .c = v->c + index * OB_STRIP,
+        .sign = v->sign + index * OB_STRIP,
         .rng = v->rng,
         .k = w->k,
         .strips = v->strips,
         .col_square = v->col_square + task * OB_STRIP,
-        .row_square = v->row_square + task * v->rows,
-        .row_sketch = v->row_sketch + task * v->rows,
+        .row_square = v->row_square + index * v->rows,
+        .row_sketch = v->row_sketch + index * v->rows,
         .row_code = v->row_code + thread * v->rows,
         .moved = &moved,
     };
@@ -148,11 +152,11 @@ vote_strip(void *arg, size_t task, size_t thread)
         strip.momentum = v->planes->momentum;
         strip.momentum_scale = v->planes->momentum_scale;
     }
-    v->kernels->pack_token_panel(v->m, v->xq, ob_padded_k(w->k), task, panel);
+    v->kernels->pack_token_panel(v->m, v->xq, ob_padded_k(w->k), index, panel);
     memset(strip.col_square, 0, OB_STRIP * sizeof(float));
-    for (size_t i = 0, rows; i < v->rows; i += rows) {
+    for (size_t i = block * ROW_BLOCK, rows; i < end; i += rows) {
         ob_acc acc[OB_MAX_ROWS];
-        rows = OB_MIN(v->rows - i, v->kernels->weight_rows);
+        rows = OB_MIN(end - i, v->kernels->weight_rows);
         v->kernels->dot_weight(rows, v->m_padded, panel, v->hq + i * v->m_padded, v->m_padded,
                                v->h_sum + i, acc);
         v->kernels->vote_tile[rule](&strip, i, rows, (const ob_acc *)acc);
@@ -214,7 +218,11 @@ collect_sums(vote_call *v)
         energy += (double)sketch * (double)sketch;
     }
     for (size_t k = 0; k < k_count && rows; k++) {
-        planes->col_sum[k] += v->col_square[k] / (float)rows;
+        float square = v->col_square[k];
+        for (size_t b = 1; b < v->blocks; b++) {
+            square += v->col_square[b * v->strips * OB_STRIP + k];
+        }
+        planes->col_sum[k] += square / (float)rows;
     }
     planes->control[OB_CTL_SKETCH_ENERGY] += energy;
     planes->control[OB_CTL_MICRO] += 1.0;
@@ -251,7 +259,7 @@ vote_chunk(vote_call *v, float *ds, float *db)
     if (v->strips && (v->planes || ds)) {
         prepare_votes(v);
         memset(v->row_code, 0, v->threads * v->rows * sizeof *v->row_code);
-        ob_parallel_on(v->threads, v->strips, vote_strip, v);
+        ob_parallel_on(v->threads, v->strips * v->blocks, vote_strip, v);
         if (ds) {
             collect_scale_gradient(v, ds);
         }
@@ -300,7 +308,7 @@ take_scratch(vote_call *v, size_t m)
         {&v->rng, n * sizeof(ob_rng_row)},
         {&v->c, padded_k * sizeof(float)},
         {&v->sign, padded_k * sizeof(uint32_t)},
-        {&v->col_square, padded_k * sizeof(float)},
+        {&v->col_square, v->blocks * padded_k * sizeof(float)},
     };
     size_t total = 0;
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
@@ -374,6 +382,7 @@ ob_vote(const ob_weights *w, size_t m, ob_dtype dt, const void *dy, const int8_t
         v.first = (size_t)planes->control[OB_CTL_STRIPE];
         v.stride = ob_stripes(planes->control);
     }
+    v.blocks = OB_CEIL_DIV(v.rows, (size_t)ROW_BLOCK);
     void *scratch = take_scratch(&v, OB_MIN(m, (size_t)OB_TOKENS_PER_VOTE));
     if (!scratch) {
         return OB_NO_MEMORY;
