@@ -32,7 +32,7 @@ typedef enum ob_dtype { OB_F32 = 0, OB_BF16 = 1 } ob_dtype; /* bf16 = upper half
 #define OB_TOKENS_PER_VOTE \
     65536u /* M * 127 * 127 fits int32; longer batches are cut into micro-batches of this */
 
-/* Flip rules: one name per line of flip_rules/rules.def. */
+/* Flip rules: one name per line of flip_rules/rules.def, numbered in its order, which therefore only grows at its end. */
 typedef enum ob_rule {
 #define OB_RULE(name, residual_bits, momentum_bits, units) OB_RULE_##name,
 #include "flip_rules/rules.def"
@@ -72,9 +72,10 @@ enum ob_control {
     OB_CTL_SCALE_INIT, /* mean scale when the optimizer was attached: the scale's lr is relative to it */
     OB_CTL_BETA1_POWER, /* beta1^t of the scale's Adam, running product, starts at 1 */
     OB_CTL_BETA2_POWER, /* beta2^t likewise */
-    OB_CTL_STRIPES, /* block-cyclic: rows n % STRIPES == STRIPE own the planes; 0 or 1: all rows */
-    OB_CTL_STRIPE,  /* in [0, STRIPES) */
-    OB_CTL_VOTE_MOVED, /* codes moved by votes since the last step */
+    OB_CTL_STRIPES,     /* as in ob_planes, which rules; kept here for those who store planes */
+    OB_CTL_STRIPE,      /* in [0, STRIPES); keys the random stream */
+    OB_CTL_VOTE_MOVED,  /* codes moved by votes since the last step */
+    OB_CTL_RULE,        /* whose planes these are: line of flip_rules/rules.def, counted from 0 */
     OB_CONTROL_LEN
 };
 
@@ -90,6 +91,7 @@ typedef struct ob_weights {
 typedef struct
     ob_planes { /* training state of one layer; all arrays are the caller's; N' = ob_active_rows */
     ob_rule rule;
+    size_t stripes, stripe; /* > 1: only rows n % stripes == stripe own planes (block-cyclic) */
     uint8_t *codes;    /* = ob_weights.packed, for rules that move codes in votes; NULL otherwise */
     void *residual;    /* (N', ob_rule_residual_row_bytes), NULL if that is 0 */
     uint8_t *momentum; /* (N', ob_rule_momentum_row_bytes), NULL if that is 0 */
@@ -102,8 +104,8 @@ typedef struct
     double *control;          /* (OB_CONTROL_LEN,) */
 } ob_planes;
 
-/* Rows that own planes: N, or ceil((N - STRIPE) / STRIPES) when training is block-cyclic. */
-size_t ob_active_rows(size_t n, const double *control);
+/* Rows that own planes: N, or ceil((N - stripe) / stripes) when training is block-cyclic. */
+size_t ob_active_rows(size_t n, size_t stripes, size_t stripe);
 
 /* ------------------------------------------------------------------ linear
  * Padded length of an int8 activation row: 16 * ceil(K/16); the padding holds zeros. */
@@ -140,6 +142,13 @@ ob_status ob_flip(size_t n, size_t k, uint8_t *packed, ob_planes *planes, uint64
 
 /* Forget this step's sums without moving a code (a GradScaler skipped the step).  Votes stay in the residual. */
 void ob_discard(size_t n, size_t k, ob_planes *planes);
+
+/* A residual as training starts: zero, but uniform within .3 cell below 8 bits, so that
+ * the coarse grid does not wait in step (stream INIT, row n, column k), and 85 T for `byte`, which needs packed. */
+void ob_start_residual(size_t n, size_t k, const uint8_t *packed, ob_planes *planes);
+
+/* Weights whose residual waits at a bound for votes of the other sign (16, 8 bits: at or beyond half a cell). */
+uint64_t ob_saturated(size_t n, size_t k, const uint8_t *packed, const ob_planes *planes);
 
 /* Adam on the scale (length len): lr is relative to control's SCALE_INIT; s >= 1e-8; then s = 1/(1/s) in float32, so
  * that the stored inverse is exact both ways.  grad is divided by GRAD_SCALE. */

@@ -6,7 +6,7 @@ from typing import Any, final
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-# residual, [momentum, momentum_scale], row_factor, col_factor, row_sum, col_sum, sketch, control
+# [residual], [momentum, momentum_scale], row_factor, col_factor, row_sum, col_sum, sketch, control
 Planes = dict[str, Array]
 
 CONTROL: dict[str, int]  # field name -> index into a control array, e.g. {"seed": 0, ...}
@@ -51,6 +51,9 @@ def new_planes(
     in_features: int,
     rule: str = "residual8",
     *,
+    packed: Array | None = None,
+    stripes: int = 1,
+    stripe: int = 0,
     seed: int = 0,
     layer: int = 0,
     eta: float = 0.03,
@@ -59,6 +62,10 @@ def new_planes(
     betas: tuple[float, float] = (0.9, 0.95),
     scale_init: float = 1.0,
 ) -> Planes: ...
+def plane_specs(
+    out_features: int, in_features: int, rule: str = "residual8", *, stripes: int = 1, stripe: int = 0
+) -> dict[str, tuple[tuple[int, ...], Any]]: ...  # name -> (shape, dtype)
+def saturated(packed: Array, planes: Planes) -> int: ...
 def new_control(
     *,
     seed: int = 0,
@@ -181,6 +188,10 @@ class FlipOptimizer:
     def layers(self) -> tuple[TernaryLinear, ...]: ...
     @property
     def rule(self) -> str: ...
+    @property
+    def stripes(self) -> int: ...
+    @property
+    def stripe(self) -> int: ...
     def __init__(
         self,
         layers: Sequence[TernaryLinear],
@@ -193,7 +204,10 @@ class FlipOptimizer:
         flip_rate_cap: float | None = None,
         seed: int = 0,
         bias_lr: float = 1e-3,
+        rule: str | None = None,
+        stripes: int = 1,
     ) -> None: ...
+    def rotate(self) -> None: ...
     def step(self) -> None: ...
     def zero_grad(self) -> None: ...
     def detach(self) -> None: ...

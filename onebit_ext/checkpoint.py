@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._core import CONTROL, MAX_K, FlipOptimizer, TernaryLinear, empty
+from ._core import MAX_K, FlipOptimizer, TernaryLinear, empty, plane_specs
 
 __all__ = ["Checkpoint", "CheckpointError", "load", "save"]
 
@@ -27,8 +27,7 @@ Path = str | os.PathLike[str]
 
 VERSION = "1"
 MAX_HEADER = 64 << 20
-DTYPES = {"int8": "I8", "uint8": "U8", "uint16": "U16", "float32": "F32", "float64": "F64"}
-RECIPES = {"residual8": "finetune", "residual8_momentum4": "pretrain"}
+DTYPES = {"int8": "I8", "uint8": "U8", "int16": "I16", "uint16": "U16", "float32": "F32", "float64": "F64"}
 RATES = ("lr", "scale_lr", "bias_lr", "flip_rate")
 
 
@@ -101,7 +100,8 @@ def _header(layers: Mapping[str, TernaryLinear], optimizer: FlipOptimizer | None
             raise ValueError(f"save(): 'layers' must hold every layer of 'optimizer', which lacks {missing}")
         order = [names[id(layer)] for layer in optimizer.layers]
         rates = {rate: getattr(optimizer, rate) for rate in RATES}
-        header["optimizer"] = {"rule": optimizer.rule, "layers": order, **rates}
+        rows = {"stripes": optimizer.stripes, "stripe": optimizer.stripe}
+        header["optimizer"] = {"rule": optimizer.rule, "layers": order, **rows, **rates}
     return header
 
 
@@ -207,18 +207,14 @@ def _expected(header: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:
         n, k = (_size(value) for value in entry["shape"])
         scale: tuple[str, list[int]] = ("F32", [_size(entry["scales"])])
         tensors = {"packed": ("U8", [-(-n // 64), -(-k // 16), 4, 16, 4]), "scale": scale}
-        training = {"residual": ("I8", [n, k]), "control": ("F64", [len(CONTROL)])}
-        training |= {name: ("F32", [n]) for name in ("row_factor", "row_sum", "sketch")}
-        training |= {name: ("F32", [k]) for name in ("col_factor", "col_sum")}
-        training |= {"scale_exp_avg": scale, "scale_exp_avg_sq": scale}
+        training = {"scale_exp_avg": scale, "scale_exp_avg_sq": scale}
         if entry["bias"]:
             tensors["bias"] = ("F32", [n])
             training |= {"bias_exp_avg": ("F32", [n]), "bias_exp_avg_sq": ("F32", [n]), "bias_powers": ("F64", [2])}
         if state is not None:
             tensors |= {f"{kind}_grad": tensors[kind] for kind in ("scale", "bias") if kind in tensors}
-            if RECIPES[state["rule"]] == "pretrain":
-                blocks = -(-k // 64)
-                training |= {"momentum": ("U8", [n, blocks, 32]), "momentum_scale": ("U16", [n, blocks])}
+            specs = plane_specs(n, k, state["rule"], stripes=state["stripes"], stripe=state["stripe"])
+            training |= {plane: (DTYPES[dtype.name], list(shape)) for plane, (shape, dtype) in specs.items()}
         if entry["name"] in parts or not isinstance(entry["name"], str):
             raise ValueError("layer names must be str and differ")
         parts[entry["name"]] = training
@@ -263,7 +259,7 @@ def _build(tensors: dict[str, Array], header: dict[str, Any], user: dict[str, An
     if state is None:
         return Checkpoint(layers, None, user)
     order = [layers[name] for name in state["layers"]]
-    optimizer = FlipOptimizer(order, recipe=RECIPES[state["rule"]])
+    optimizer = FlipOptimizer(order, rule=state["rule"], stripes=state["stripes"])
     saved: list[dict[str, Array]] = [{} for _ in order]
     for name, array in tensors.items():
         kind, index, key = name.split(".", 2)

@@ -1,9 +1,15 @@
-"""The optimizer of the codes: votes collect in an int8 residual, a full cell flips a code.
+"""The optimizer of the codes: votes collect in a small residual, a full cell flips a code.
 
-A residual is in 1/128 of a cell, the distance between two codes; `lr` (eta) is in cells per step for
-a vote of size 1.  Planes are a dict of arrays (see new_planes); their float64 `control` array holds
-what the rule reads and remembers, CONTROL names its entries.  The first step of a layer only
-measures its gradient.  Votes that no step has consumed stay in the residual.
+A residual is a fraction of a cell, the distance between two codes, in 1/128 of it by default (RULES
+names the others); `lr` (eta) is in cells per step for a vote of size 1.  Planes are a dict of
+arrays (see new_planes); their float64 `control` array holds what the rule reads and remembers,
+CONTROL names its entries.  The first step of a layer only measures its gradient.  Votes that no
+step has consumed stay in the residual.
+
+Block-cyclic training (stripes G): planes for every G-th row only, one stripe of rows after the
+other; `FlipOptimizer.rotate` goes on to the next.  Rules with less than 8 bits and no momentum move
+codes in the backward, so no other backward of a layer may come between its forward and its
+backward.
 """
 
 from collections.abc import Iterable, Iterator

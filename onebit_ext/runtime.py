@@ -97,31 +97,25 @@ def _train_pass(layers: list[TernaryLinear], x: Array, target: Array, half: bool
     return out
 
 
-def signature() -> str:
-    """sha256 of a small network after 200 training steps: equal on every machine and thread count.
-
-    Three layers (tensor and row scale, with and without bias, sizes off every tile), both flip
-    rules, one to three micro-batches a step, every fifth step in bfloat16.  Uses our own C
-    operations and elementwise NumPy + - * only.  tests/golden/signature.json holds the value.
-    """
-    import hashlib
-
+def _train_network(digest: Any, steps: int, outer: dict[str, Any], inner: dict[str, Any]) -> None:
+    """Three layers; first and last train by one optimizer, the middle one by another.  Adds all that they become."""
     layers = [
         TernaryLinear(37, 70, bias=True, seed=1),
         TernaryLinear(70, 83, scale="row", seed=2),
         TernaryLinear(83, 5, bias=True, seed=3),
     ]
     optimizers = [
-        FlipOptimizer(layers[::2], lr=0.06, scale_lr=2e-3, betas=(0.8, 0.9), seed=7, bias_lr=3e-3),
-        FlipOptimizer(layers[1:2], lr=0.05, scale_lr=1e-3, recipe="pretrain", flip_rate_cap=0.01, seed=8),
+        FlipOptimizer(layers[::2], lr=0.06, scale_lr=2e-3, betas=(0.8, 0.9), seed=7, bias_lr=3e-3, **outer),
+        FlipOptimizer(layers[1:2], lr=0.05, scale_lr=1e-3, flip_rate_cap=0.01, seed=8, **inner),
     ]
     inputs = _uniform((3 * 32, 37), 11)
     targets = inputs[:, :5] * inputs[:, 5:10] + inputs[:, 10:15] * np.float32(0.5)
-    digest = hashlib.sha256()
-    for step in range(200):
+    for step in range(steps):
         for optimizer, peak in zip(optimizers, (0.06, 0.05), strict=True):
             optimizer.zero_grad()
             optimizer.lr = peak * (1 - step / 256)
+            if optimizer.stripes > 1 and step % 16 == 15:
+                optimizer.rotate()
         for micro in range(1 + step % 3):
             rows = slice(32 * micro, 32 * micro + 32)
             out = _train_pass(layers, inputs[rows], targets[rows], half=step % 5 == 4)
@@ -132,8 +126,28 @@ def signature() -> str:
         planes = layer.planes or {}
         arrays = [layer.packed, layer.scale, layer.bias, layer.scale_grad, layer.bias_grad]
         arrays += [planes[name] for name in sorted(planes)]
-        assert planes["control"][CONTROL["step"]] == 200
+        assert planes["control"][CONTROL["step"]] == (
+            steps % 16 + 1 if planes["control"][CONTROL["stripes"]] > 1 else steps
+        )
         for array in arrays:
             if array is not None:
                 digest.update(array.tobytes())
+
+
+def signature() -> str:
+    """sha256 of small networks after training: equal on every machine and thread count.
+
+    Tensor and row scale, with and without bias, sizes off every tile, every flip rule and three
+    stripes of rows, one to three micro-batches a step, every fifth step in bfloat16.  Uses our own
+    C operations and elementwise NumPy + - * only.  tests/golden/signature.json holds the value.
+    """
+    import hashlib
+
+    digest = hashlib.sha256()
+    _train_network(digest, 200, {}, {"recipe": "pretrain"})
+    stripes: dict[str, Any] = {"rule": "residual8", "stripes": 3}
+    others = [stripes, *({"rule": rule} for rule in RULES if rule not in ("residual8", "residual8_momentum4"))]
+    for outer, inner in zip(others[::2], others[1::2], strict=True):
+        _train_network(digest, 50, outer, inner)
+        _train_network(digest, 50, inner, outer)
     return digest.hexdigest()

@@ -185,10 +185,9 @@ def overlap_cases(target: Target) -> Iterator[Case]:
         if output.startswith("planes.") or target.kinds[output].out:
             for other in arrays:
                 for place in ("exact", "head", "tail"):
-                    if other != output:  # a control that is written over may hold a bad value first
-                        yield Case(
-                            output, f"{place} {other}", lay(output, other, place), (BufferError, ValueError), False
-                        )
+                    if other != output:  # a control that is written over may hold a bad value or another rule first
+                        errors = (BufferError, ValueError, TypeError)
+                        yield Case(output, f"{place} {other}", lay(output, other, place), errors, False)
 
 
 # ------------------------------------------------------------------ the rest
@@ -256,7 +255,7 @@ def flag_cases(argument: str) -> Iterator[Case]:
 
 
 def control_cases(argument: str, edit: Callable[[dict[str, Any]], np.ndarray]) -> Iterator[Case]:
-    integers = {"seed", "layer", "step", "micro", "nonfinite", "moved"}
+    integers = {"seed", "layer", "step", "micro", "nonfinite", "moved", "stripes", "stripe", "vote_moved", "rule"}
 
     def spoil(index: int, value: float) -> Callable[[dict[str, Any]], None]:
         return lambda arguments: edit(arguments).__setitem__(index, value)

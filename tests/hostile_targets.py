@@ -90,6 +90,7 @@ OPTIONS = {
     "seed": Number(integer=True), "layer": Number(integer=True), "eta": Number(), "cap": Number(), "clip": Number(),
     "betas": Betas, "scale_init": Number(),
 }  # fmt: skip
+STRIPES = {"stripes": Number(1, integer=True), "stripe": Number(integer=True)}
 
 
 def twins(name: str, make: Callable[[], dict[str, Any]], kinds: dict[str, Any]) -> list[Target]:
@@ -138,18 +139,25 @@ TARGETS = [
     *twins("vote", lambda: kept() | {"planes": planes()} | sums(), KEPT | {"planes": Planes, "ds": SUM, "db": SUM}),
     *twins("vote", lambda: kept() | {"control": control()} | sums(),
            KEPT | {"control": MAYBE_CONTROL, "ds": SUM, "db": SUM}),
+    *twins("vote", lambda: kept() | {"planes": planes("residual4")} | sums(),
+           KEPT | {"packed": replace(PACKED, out=True), "planes": Planes, "ds": SUM, "db": SUM}),
     *twins("flip", lambda: {"packed": ob.pack(CODES), "planes": planes()},
            {"packed": Arr(U8, out=True, aligned=True), "planes": Planes}),
     *twins("absmean", lambda: {"w": np.ones((N, K), np.float32)}, {"w": Arr(FLOAT, free=True)}),
     Target("reference.weight_gradient", _core.reference.weight_gradient, lambda: kept() | {"control": control()},
            KEPT | {"control": CONTROL}),
+    Target("saturated", _core.saturated, lambda: {"packed": ob.pack(CODES), "planes": planes("residual2")},
+           {"packed": PACKED, "planes": Planes}),
+    Target("plane_specs", _core.plane_specs, lambda: {"out_features": N, "in_features": K, "stripes": 3, "stripe": 2},
+           {"out_features": Number(integer=True), "in_features": Number(integer=True), "rule": Text, **STRIPES}),
     Target("discard", ob.discard, lambda: {"planes": planes("residual8")}, {"planes": Planes}),
     Target("scale_step", ob.scale_step, scale_step,
            {"scale": Arr(F32, out=True), "grad": Arr(F32), "exp_avg": Arr(F32, out=True),
             "exp_avg_sq": Arr(F32, out=True), "control": CONTROL, "lr": Number()}),
     Target("new_control", ob.new_control, dict, OPTIONS),
-    Target("new_planes", ob.new_planes, lambda: {"out_features": N, "in_features": K},
-           {"out_features": Number(integer=True), "in_features": Number(integer=True), "rule": Text, **OPTIONS}),
+    Target("new_planes", ob.new_planes, lambda: {"out_features": N, "in_features": K, "packed": ob.pack(CODES)},
+           {"out_features": Number(integer=True), "in_features": Number(integer=True), "rule": Text,
+            "packed": replace(PACKED, optional=True), **STRIPES, **OPTIONS}),
     Target("pack", ob.pack, lambda: {"codes": CODES.copy(), "format": "seq2"},
            {"codes": Arr(I8, free=True), "format": Text}),
     *(Target(name, getattr(ob, name), partial(formatted, form), {"packed": BYTES, "shape": Pair, "format": Text})
@@ -179,7 +187,7 @@ TARGETS = [
            {"dy": Arr(FLOAT, leading=True), "input_grad": Flag}),
     Target("FlipOptimizer", ob.FlipOptimizer, lambda: {"layers": [layer()]},
            {"lr": Number(), "scale_lr": Number(), "bias_lr": Number(), "betas": Betas, "recipe": Text,
-            "seed": Number(integer=True)}),
+            "seed": Number(integer=True), "stripes": Number(1, integer=True)}),
     *(Target("FlipOptimizer", rate_setter(name), lambda name=name: {name: 0.5}, {name: Number()})
       for name in ("lr", "scale_lr", "bias_lr")),
 ]  # fmt: skip

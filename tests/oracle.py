@@ -9,107 +9,40 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
-
-Array = NDArray[Any]
-Planes = dict[str, Array]
-
-F32 = np.float32
-BF16 = np.dtype(ml_dtypes.bfloat16)
-TINY = F32(2.0**-100)
-TOKENS_PER_VOTE = 65536
-NAN = np.array(0x7FC00000, np.uint32).view(F32)[()]
-FIELDS = """
-    seed layer step micro nonfinite eta eta_peak guard cap clip beta1 beta2 grad_scale sketch_energy
-    moved scale_init beta1_power beta2_power reserved0 reserved1
-"""
-CONTROL = {name: i for i, name in enumerate(FIELDS.split())}
-INPUT_GRAD, WEIGHT_GRAD, VOTE, MOMENTUM, MOMENTUM_STEP, SKETCH, INIT = range(1, 8)
-
-
-# ------------------------------------------------------------------ random numbers
-def splitmix64(x: Any) -> Array:
-    """SplitMix64's finaliser of x + golden ratio; uint64 in, uint64 out."""
-    with np.errstate(over="ignore"):
-        x = np.asarray(x, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def draw(control: Array, micro: int, stream: int, rows: Array, columns: Array) -> Array:
-    """32 random bits (rows, columns) of a layer's stream at control's seed, layer and step."""
-    key = np.uint64(0)
-    for field in (
-        *(int(control[CONTROL[name]]) for name in ("seed", "layer", "step")),
-        micro,
-        stream,
-    ):
-        key = splitmix64(key ^ np.uint64(field))
-    with np.errstate(over="ignore"):
-        words = splitmix64(key + rows.astype(np.uint64))[:, None]
-        a, b = (
-            (words & np.uint64(0xFFFFFFFF)).astype(np.uint32),
-            (words >> np.uint64(32)).astype(np.uint32),
-        )
-        x = columns.astype(np.uint32)[None, :] * np.uint32(0x9E3779B9) + a
-        x = ((x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)) ^ b
-        x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
-    return x ^ (x >> np.uint32(16))
-
-
-def stochastic_round(v: Array, control: Array, micro: int, stream: int, limit: int = 127) -> Array:
-    """SR of v (rows, columns) float32 at its own logical positions -> int64."""
-    rows, columns = v.shape
-    bits = draw(control, micro, stream, np.arange(rows), np.arange(columns))
-    r = (bits >> np.uint32(8)).astype(F32) * F32(2.0**-24)
-    return np.clip(np.floor(v + r), -limit, limit).astype(np.int64)
-
-
-# ------------------------------------------------------------------ floats
-def as_float(x: Array) -> Array:
-    """float32 of a float32 or bfloat16 (ml_dtypes or raw uint16) array."""
-    if x.dtype == F32:
-        return x
-    return (x.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(F32)
-
-
-def store(y: Array, dtype: Any) -> Array:
-    """y as float32 or bfloat16 (to nearest even), every NaN the canonical one."""
-    y = np.where(np.isnan(y), NAN, y).astype(F32)
-    if np.dtype(dtype) == F32:
-        return y
-    bits = y.view(np.uint32)
-    bits = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
-    return (bits >> np.uint32(16)).astype(np.uint16).view(dtype)
-
-
-def absmax(x: Array, axis: int) -> Array:
-    """max |x| as the integer maximum of bits, float32; 0 for none."""
-    bits = x.view(np.uint32) & np.uint32(0x7FFFFFFF)
-    return np.max(bits, axis=axis, initial=0).astype(np.uint32).view(F32)
-
-
-def in_order(x: Array) -> Any:
-    """Sum over axis 0, one after the other from 0, in x's own type."""
-    zero = np.zeros((1, *x.shape[1:]), x.dtype)
-    return np.add.accumulate(np.concatenate([zero, x]), axis=0)[-1]
-
-
-def sum_rows(q: Array) -> Array:
-    """(N, K) float32 -> (N,): strips of 64 columns, each 16 lanes and a tree, in order."""
-    n, k = q.shape
-    if k == 0:
-        return np.zeros(n, F32)
-    strips = np.zeros((n, -(-k // 64) * 64), F32)
-    strips[:, :k] = q
-    q = strips.reshape(n, strips.shape[1] // 64, 4, 16)
-    lane = ((q[:, :, 0] + q[:, :, 1]) + q[:, :, 2]) + q[:, :, 3]
-    for half in (8, 4, 2, 1):
-        lane = lane[:, :, :half] + lane[:, :, half : 2 * half]
-    return np.add.accumulate(lane[:, :, 0], axis=1)[:, -1]
+from oracle_basics import (
+    BF16 as BF16,
+)
+from oracle_basics import (
+    CONTROL,
+    F32,
+    INIT,
+    INPUT_GRAD,
+    MOMENTUM,
+    MOMENTUM_STEP,
+    NAN,
+    RULES,
+    SKETCH,
+    TINY,
+    TOKENS_PER_VOTE,
+    VOTE,
+    WEIGHT_GRAD,
+    Array,
+    Planes,
+    absmax,
+    as_float,
+    draw,
+    in_order,
+    read_fields,
+    read_residual,
+    rule_of,
+    stochastic_round,
+    store,
+    sum_rows,
+    trained_rows,
+    write_fields,
+    write_residual,
+)
 
 
 # ------------------------------------------------------------------ formats
@@ -236,26 +169,26 @@ def vote(
             part = slice(first, first + TOKENS_PER_VOTE)
             hq, hs = quantize_outputs(h[part], state, micro + chunk)
             acc = hq @ xq[part, : codes.shape[1]].astype(np.int64)
-            _scale_and_bias(acc, hs, codes, len(scale), as_float(dy)[part], ds, db)
+            rows = trained_rows(planes, len(codes))
+            stripes = max(1, int(planes["control"][CONTROL["stripes"]])) if planes is not None else 1
+            _scale(acc[rows], hs[rows], codes[rows], rows, stripes, ds)
+            if db is not None:
+                db += in_order(as_float(dy)[part])
             if planes is not None:
                 unscaled = np.broadcast_to(scale, codes.shape[:1]) * F32(1.0 / state[CONTROL["grad_scale"]])
-                _measure(acc, hs, unscaled, planes)
+                _measure(acc[rows], hs[rows], unscaled[rows], planes)
                 if state[CONTROL["step"]] > 0:
-                    _cast(acc, hs, unscaled, planes, micro + chunk)
+                    _cast(acc[rows], hs[rows], unscaled[rows], codes, rows, planes, micro + chunk)
                 state[CONTROL["micro"]] += 1
     return 0
 
 
-def _scale_and_bias(
-    acc: Array, hs: Array, codes: Array, scales: int, dy: Array, ds: Array | None, db: Array | None
-) -> None:
+def _scale(acc: Array, hs: Array, codes: Array, rows: Array, stripes: int, ds: Array | None) -> None:
     d = (codes.astype(np.int64) * acc).sum(axis=1)
-    if ds is not None and scales == 1:
-        ds += F32(in_order(d.astype(np.float64) * hs.astype(np.float64)))
+    if ds is not None and len(ds) == 1:
+        ds += F32(in_order(d.astype(np.float64) * hs.astype(np.float64)) * stripes)
     elif ds is not None:
-        ds += d.astype(F32) * hs
-    if db is not None:
-        db += in_order(dy)
+        ds[rows] += d.astype(F32) * hs
 
 
 def _measure(acc: Array, hs: Array, unscaled: Array, planes: Planes) -> None:
@@ -263,50 +196,66 @@ def _measure(acc: Array, hs: Array, unscaled: Array, planes: Planes) -> None:
     control = planes["control"]
     g = (acc.astype(F32) * hs[:, None]) * unscaled[:, None]
     planes["row_sum"] += sum_rows(g * g) / F32(max(k, 1))
-    planes["col_sum"] += in_order(g * g) / F32(max(n, 1))
+    blocks = np.array([in_order(g[i : i + 256] * g[i : i + 256]) for i in range(0, n, 256)], F32)
+    if n > 0:
+        planes["col_sum"] += np.add.accumulate(blocks, axis=0)[-1] / F32(n)
     negative = draw(control, 0, SKETCH, np.arange(1), np.arange(k)) >> np.uint32(31) == 1
     z = sum_rows(np.where(negative, -g, g))
     planes["sketch"] += z
     control[CONTROL["sketch_energy"]] += in_order(z.astype(np.float64) ** 2)
 
 
-def _cast(acc: Array, hs: Array, unscaled: Array, planes: Planes, micro: int) -> None:
+def _cast(acc: Array, hs: Array, unscaled: Array, codes: Array, rows: Array, planes: Planes, micro: int) -> None:
     if acc.size == 0:
         return
-    control, rows, cols = planes["control"], planes["row_factor"], planes["col_factor"]
-    q = rows / F32(in_order(rows.astype(np.float64)) / len(acc))
+    control, row_factor, cols = planes["control"], planes["row_factor"], planes["col_factor"]
+    q = row_factor / F32(in_order(row_factor.astype(np.float64)) / len(acc))
     a = np.where(q > 0, (hs * unscaled) / np.sqrt(q), F32(0))
     c = np.where(cols > 0, F32(1) / np.sqrt(cols), F32(0))
     clip = F32(control[CONTROL["clip"]])
     u = (acc.astype(F32) * a[:, None]) * c[None, :]
     u = np.where(np.isnan(u), F32(0), np.clip(u, -clip, clip)).astype(F32)
     if "momentum" in planes:
-        _vote_momentum(u, planes, micro)
+        _vote_momentum(u, rows, planes, micro)
     else:
-        _add_residual(u * step_size(control), planes, micro, VOTE)
+        control[CONTROL["vote_moved"]] += _add_votes(u, codes, rows, planes, micro, VOTE)
 
 
 def step_size(control: Array) -> Any:
-    """-128 * eta * guard, float32."""
-    return (F32(-128) * F32(control[CONTROL["eta"]])) * F32(control[CONTROL["guard"]])
+    """-units * eta * guard, float32."""
+    units = list(RULES.values())[int(control[CONTROL["rule"]])][2]
+    return (F32(-units) * F32(control[CONTROL["eta"]])) * F32(control[CONTROL["guard"]])
 
 
-def _add_residual(v: Array, planes: Planes, micro: int, stream: int) -> None:
-    moved = planes["residual"].astype(np.int64) + stochastic_round(v, planes["control"], micro, stream)
-    planes["residual"][...] = np.clip(moved, -127, 127)
+def _add_votes(u: Array, codes: Array, rows: Array, planes: Planes, micro: int, stream: int) -> int:
+    """Votes u (rows, K) into the residual; below 8 bits the codes move too.  Returns how many."""
+    bits, _, units = RULES[rule_of(planes)]
+    limit = 16256 if bits == 16 else 127
+    v = u * step_size(planes["control"])
+    moved = read_residual(planes) + stochastic_round(v, planes["control"], micro, stream, limit, rows)
+    if bits >= 8:
+        write_residual(planes, np.clip(moved, -limit, limit))
+        return 0
+    top = units + (units - 1) // 2
+    x = np.clip(moved + units * codes[rows].astype(np.int64), -top, top)
+    now = np.rint(x / units).astype(np.int8)
+    changed = int(np.count_nonzero(now != codes[rows]))
+    write_residual(planes, x - units * now.astype(np.int64))
+    codes[rows] = now
+    return changed
 
 
 def read_momentum(planes: Planes) -> Array:
-    """Momentum (N, 64 ceil(K/64)) float32."""
-    bytes_ = planes["momentum"].astype(np.int64)
-    nibbles = np.concatenate([bytes_ & 15, bytes_ >> 4], axis=2)
-    m = np.where(nibbles < 8, nibbles, nibbles - 16).astype(F32) * as_float(planes["momentum_scale"])[:, :, None]
-    return m.reshape(len(m), m.shape[1] * 64)
+    """Momentum (rows, 64 ceil(K/64)) float32."""
+    codes, scale = planes["momentum"], as_float(planes["momentum_scale"])
+    m = read_fields(codes, codes.shape[2] // 8, codes.shape[1] * 64).astype(F32)
+    return (m.reshape(*codes.shape[:2], 64) * scale[:, :, None]).reshape(m.shape)
 
 
-def _vote_momentum(u: Array, planes: Planes, micro: int) -> None:
+def _vote_momentum(u: Array, rows: Array, planes: Planes, micro: int) -> None:
     n, k = u.shape
-    control = planes["control"]
+    control, bits = planes["control"], planes["momentum"].shape[2] // 8
+    top_code = (1 << (bits - 1)) - 1
     beta1, share = F32(control[CONTROL["beta1"]]), F32(1.0 - control[CONTROL["beta1"]])
     m = read_momentum(planes)
     m[:, :k] = (beta1 * m[:, :k] if micro == 0 else m[:, :k]) + share * u
@@ -314,12 +263,12 @@ def _vote_momentum(u: Array, planes: Planes, micro: int) -> None:
     blocks = m.reshape(n, m.shape[1] // 64, 64)
     top = absmax(blocks, 2)
     live = top >= TINY
-    up = (((top / F32(7)).view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16)).astype(np.uint16)
+    up = (((top / F32(top_code)).view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16)).astype(np.uint16)
     up = np.where(live, up, 0).astype(np.uint16)
     inverse = np.where(live, F32(1) / np.where(live, as_float(up), F32(1)), F32(0)).astype(F32)
-    codes = stochastic_round((blocks * inverse[:, :, None]).reshape(m.shape), control, micro, MOMENTUM, 7)
-    codes = np.where(live[:, :, None], codes.reshape(blocks.shape), 0) & 15
-    planes["momentum"][...] = codes[:, :, :32] | codes[:, :, 32:] << 4
+    v = (blocks * inverse[:, :, None]).reshape(m.shape)
+    codes = stochastic_round(v, control, micro, MOMENTUM, top_code, rows)
+    write_fields(planes["momentum"], bits, np.where(live[:, :, None], codes.reshape(blocks.shape), 0).reshape(m.shape))
     planes["momentum_scale"][...] = up.view(planes["momentum_scale"].dtype)
 
 
@@ -343,20 +292,60 @@ def flip(codes: Array, planes: Planes) -> int:
         planes[factor][...] = r
     moved = 0
     if get("step") > 0:
+        rows, moved = trained_rows(planes, len(codes)), int(get("vote_moved"))
         if "momentum" in planes:
-            v = read_momentum(planes)[:, : codes.shape[1]] * step_size(control)
-            _add_residual(v, planes, 0, MOMENTUM_STEP)
-        e = planes["residual"].astype(np.int64)
-        shift = np.where((e > 64) & (codes < 1), 1, np.where((e < -64) & (codes > -1), -1, 0))
-        codes += shift.astype(np.int8)
-        planes["residual"][...] = np.where(shift != 0, e - 128 * shift, np.clip(e, -64, 64))
-        moved = int(np.count_nonzero(shift))
-    _update_guard(control, moved, codes.size)
+            m = read_momentum(planes)[:, : codes.shape[1]]
+            moved += _add_votes(m, codes, rows, planes, 0, MOMENTUM_STEP)
+        moved += _move_codes(codes, rows, planes)
+    _update_guard(control, moved, len(planes["row_factor"]) * codes.shape[1])
     control[CONTROL["step"]] += 1
     control[CONTROL["moved"]] = moved
     discard(planes)
-    control[CONTROL["micro"]] = 0
+    control[CONTROL["micro"]] = control[CONTROL["vote_moved"]] = 0
     return moved
+
+
+def _move_codes(codes: Array, rows: Array, planes: Planes) -> int:
+    """What step() does to codes and residual after any momentum; returns how many codes moved."""
+    bits, _, units = RULES[rule_of(planes)]
+    if bits < 8:
+        return 0
+    e, t = read_residual(planes), codes[rows]
+    if rule_of(planes) == "byte":
+        now = np.rint(e / units).astype(np.int8)
+    else:
+        half = units // 2
+        now = t + ((e > half) & (t < 1)).astype(np.int8) - ((e < -half) & (t > -1)).astype(np.int8)
+        write_residual(planes, np.where(now != t, e - units * (now - t).astype(np.int64), np.clip(e, -half, half)))
+    codes[rows] = now
+    return int(np.count_nonzero(now != t))
+
+
+def start_residual(codes: Array, planes: Planes) -> None:
+    """The residual as training starts, in place."""
+    bits, _, units = RULES[rule_of(planes)]
+    rows, k = trained_rows(planes, len(codes)), codes.shape[1]
+    e = np.zeros((len(rows), k), np.int64)
+    if rule_of(planes) == "byte":
+        e = units * codes[rows].astype(np.int64)
+    elif bits in (2, 4):
+        ninth = draw(planes["control"], 1, INIT, rows, np.arange(k)).astype(np.uint64) * np.uint64(9) >> np.uint64(32)
+        e = ninth.astype(np.int64) - 4
+        e = e if bits == 4 else np.sign(e) * (np.abs(e) > 2)
+    write_residual(planes, e)
+
+
+def saturated(codes: Array, planes: Planes) -> int:
+    """How many residuals wait at a bound."""
+    bits, _, units = RULES[rule_of(planes)]
+    if bits == 0:
+        return 0
+    e, t = read_residual(planes), codes[trained_rows(planes, len(codes))].astype(np.int64)
+    if rule_of(planes) == "byte":
+        return int((np.abs(e) == 127).sum())
+    if bits >= 8:
+        return int((np.abs(e) >= units // 2).sum())
+    return int((np.abs(units * t + e) == units + (units - 1) // 2).sum())
 
 
 def _update_guard(control: Array, moved: int, cells: int) -> None:

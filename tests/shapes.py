@@ -14,7 +14,7 @@ from oracle import BF16, CONTROL, F32, Array, Planes
 
 # Around the heights of register tiles (1..8), the 16-column steps and the 64-column strips.
 EDGES = (*range(10), 15, 16, 17, 31, 33, 47, 63, 64, 65, 66, 79, 127, 128, 130, 191)
-RULES = ("residual8", "residual8_momentum4")
+RULES = tuple(oracle.RULES)
 
 
 def aligned(array: Array) -> Array:
@@ -29,6 +29,13 @@ def aligned(array: Array) -> Array:
 def pack(codes: Array) -> Array:
     """The tile16 plane of codes (N, K), aligned."""
     return aligned(oracle.pack(codes))
+
+
+def least_outputs(planes: Planes) -> int:
+    """The fewest outputs a layer with such planes can have."""
+    rows, control = len(planes["row_factor"]), planes["control"]
+    stripe, stripes = int(control[CONTROL["stripe"]]), max(1, int(control[CONTROL["stripes"]]))
+    return stripe + stripes * (rows - 1) + 1 if rows else 0
 
 
 class Oracle:
@@ -72,15 +79,18 @@ class Oracle:
         db: Array | None = None,
     ) -> None:
         codes = oracle.unpack(packed, (dy.shape[1], in_features))
+        before = codes.copy()
         nonfinite = oracle.vote(dy, xq, sx, codes, scale, planes, control=control, ds=ds, db=db)
+        if (codes != before).any():
+            packed[...] = oracle.pack(codes)
         if control is not None:  # with planes the operation counts it itself
             control[CONTROL["nonfinite"]] += nonfinite
 
     @staticmethod
     def flip(packed: Array, planes: Planes) -> int:
-        codes = oracle.unpack(packed, (len(planes["row_factor"]), len(planes["col_factor"])))
-        moved = oracle.flip(codes, planes)
-        packed[...] = oracle.pack(codes)
+        full = oracle.unpack(packed, (64 * len(packed), len(planes["col_factor"])))
+        moved = oracle.flip(full[: least_outputs(planes)], planes)
+        packed[...] = oracle.pack(full)
         return moved
 
     @staticmethod
@@ -114,7 +124,8 @@ class Problem:
 
     def __str__(self) -> str:
         m, k = self.x.shape
-        rule = RULES["momentum" in self.planes]
+        stripe, stripes = (int(self.planes["control"][CONTROL[name]]) for name in ("stripe", "stripes"))
+        rule = f"{oracle.rule_of(self.planes)} {stripe}/{stripes}"
         return f"M={m} N={self.dy.shape[1]} K={k} {self.x.dtype} scales={len(self.scale)} {rule}"
 
 
@@ -156,8 +167,10 @@ def random_control(rng: np.random.Generator, step: int = 7, micro: int = 0) -> A
     return control
 
 
-def random_planes(rng: np.random.Generator, n: int, k: int, rule: str, step: int = 7, micro: int = 0) -> Planes:
-    """Planes of one layer with random content; some factors are zero, some tiny."""
+def random_planes(
+    rng: np.random.Generator, n: int, k: int, rule: str, step: int = 7, micro: int = 0, stripes: int = 1
+) -> Planes:
+    """Planes of one layer with random content, of a stripe in the middle; some factors are zero, some tiny."""
 
     def positive(length: int) -> Array:
         values = np.exp(rng.normal(size=length) * 2 - 8).astype(F32)
@@ -165,9 +178,12 @@ def random_planes(rng: np.random.Generator, n: int, k: int, rule: str, step: int
         values[rng.random(length) < 0.03] = 1e-42
         return values
 
-    blocks = -(-k // 64)
+    blocks, stripe = -(-k // 64), stripes // 2
+    n = len(range(n)[stripe::stripes])
+    residual_bits, momentum_bits, units = oracle.RULES[rule]
+    limit = {16: 16256, 8: 127}.get(residual_bits, (units - 1) // 2)
+    residual = rng.integers(-limit, limit + 1, (n, k), np.int16 if residual_bits == 16 else np.int8)
     planes: Planes = {
-        "residual": rng.integers(-127, 128, (n, k), np.int8),
         "row_factor": positive(n),
         "col_factor": positive(k),
         "row_sum": positive(n) * F32(micro > 0),
@@ -175,12 +191,18 @@ def random_planes(rng: np.random.Generator, n: int, k: int, rule: str, step: int
         "sketch": rng.normal(size=n).astype(F32) * F32(micro > 0),
         "control": random_control(rng, step, micro),
     }
-    if rule == "residual8_momentum4":
-        codes = np.zeros((n, blocks * 64), np.uint8)
-        codes[:, :k] = rng.integers(-7, 8, (n, k)) & 15
-        codes = codes.reshape(n, blocks, 64)
-        planes["momentum"] = codes[:, :, :32] | codes[:, :, 32:] << 4
-        scale = rng.uniform(0, 0.2, (n, blocks)).astype(BF16)
+    for name, value in {"rule": RULES.index(rule), "stripes": stripes, "stripe": stripe}.items():
+        planes["control"][CONTROL[name]] = value
+    if residual_bits >= 8:
+        planes["residual"] = residual
+    elif residual_bits > 0:
+        planes["residual"] = np.zeros((n, blocks, 8 * residual_bits), np.uint8)
+        oracle.write_residual(planes, residual)
+    if momentum_bits > 0:
+        planes["momentum"] = np.zeros((n, blocks, 8 * momentum_bits), np.int8 if momentum_bits == 8 else np.uint8)
+        limit = (1 << (momentum_bits - 1)) - 1
+        oracle.write_fields(planes["momentum"], momentum_bits, rng.integers(-limit, limit + 1, (n, k)))
+        scale = (rng.uniform(0, 1.4, (n, blocks)) / limit).astype(BF16)
         scale[rng.random(scale.shape) < 0.1] = 0
         planes["momentum_scale"] = scale.view(np.uint16)
     return planes
@@ -188,7 +210,7 @@ def random_planes(rng: np.random.Generator, n: int, k: int, rule: str, step: int
 
 def random_problem(
     seed: int, m: int, n: int, k: int, *, dtype: Any = F32, rows: bool = False, bias: bool = False,
-    rule: str = "residual8", step: int = 7, micro: int = 0,
+    rule: str = "residual8", step: int = 7, micro: int = 0, stripes: int = 1,
 ) -> Problem:  # fmt: skip
     """A layer with random state; tokens and gradients of many sizes, some of them zero."""
     rng = np.random.default_rng(seed)
@@ -205,7 +227,7 @@ def random_problem(
         packed=pack(rng.integers(-1, 2, (n, k), np.int8)),
         scale=rng.uniform(0.01, 0.1, n if rows else 1).astype(F32),
         bias=rng.normal(size=n).astype(F32) if bias else None,
-        planes=random_planes(rng, n, k, rule, step, micro),
+        planes=random_planes(rng, n, k, rule, step, micro, stripes),
     )
 
 
@@ -216,7 +238,7 @@ def sample_problems(seed: int, count: int) -> Iterator[Problem]:
         yield random_problem(
             seed * 1000 + i, m, n, k, dtype=rng.choice([F32, BF16]), rows=rng.random() < 0.5,
             bias=rng.random() < 0.5, rule=rng.choice(RULES), step=rng.choice([0, 1, 7, 7, 123456]),
-            micro=rng.choice([0, 0, 1, 3]),
+            micro=rng.choice([0, 0, 1, 3]), stripes=rng.choice([1, 1, 2, 3]),
         )  # fmt: skip
 
 
@@ -234,11 +256,12 @@ def outputs(impl: Any, p: Problem, votes: int = 2) -> dict[str, Array]:
     out["y"] = impl.linear_forward(p.x, p.packed, p.scale, n, p.bias, xq=out["xq"], sx=out["sx"])
     out["dx"] = impl.linear_backward_input(p.dy, p.packed, p.scale, k, p.planes["control"].copy())
     planes = copy_planes(p.planes)
+    out["packed"] = aligned(p.packed)
     out["ds"], out["db"] = np.ones(len(p.scale), F32), np.ones(n, F32)
     for _ in range(votes):
-        impl.vote(p.dy, out["xq"], out["sx"], p.packed, p.scale, k, planes, ds=out["ds"], db=out["db"])
+        impl.vote(p.dy, out["xq"], out["sx"], out["packed"], p.scale, k, planes, ds=out["ds"], db=out["db"])
     out.update({f"voted {name}": array.copy() for name, array in planes.items()})
-    out["packed"] = aligned(p.packed)
+    out["voted packed"] = out["packed"].copy()
     out["moved"] = np.array([impl.flip(out["packed"], planes)], np.int64)
     out.update({f"flipped {name}": array for name, array in planes.items()})
     return out

@@ -27,29 +27,31 @@ def test_control_fields() -> None:
 class Run:
     """A regression that one ternary layer learns: y = x . teacher; loss gradient dy = y - target."""
 
-    def __init__(self, impl: Any, rule: str, rows: bool, dtype: Any) -> None:
+    def __init__(self, impl: Any, rule: str, rows: bool, dtype: Any, stripes: int = 1) -> None:
         rng = np.random.default_rng(11)
         teacher = rng.integers(-1, 2, (N, K))
         self.impl, self.dtype = impl, dtype
         self.x = rng.normal(size=(64, M, K)).astype(F32).astype(dtype)
         self.target = (oracle.as_float(self.x) @ teacher.T.astype(F32) * F32(0.1)).astype(F32)
-        control = random_control(rng, step=0)
+        planes = random_planes(rng, N, K, rule, step=0, stripes=stripes)
+        control = planes["control"]
         for name, value in {
             "eta": 0.11, "eta_peak": 0.11, "guard": 1.0, "cap": 0.013, "clip": 2.3, "beta1": 0.83,
             "beta2": 0.91, "grad_scale": 64.0, "scale_init": 0.09, "beta1_power": 1.0,
             "beta2_power": 1.0,
         }.items():  # fmt: skip
             control[CONTROL[name]] = value
-        planes = random_planes(rng, N, K, rule, step=0)
-        for plane in planes.values():
-            plane[...] = 0
-        length = N if rows else 1
+        for name, plane in planes.items():
+            if name != "control":
+                plane[...] = 0
+        length, codes = N if rows else 1, rng.integers(-1, 2, (N, K), np.int8)
+        oracle.start_residual(codes, planes)
         self.state: dict[str, Any] = {
-            "packed": shapes.pack(rng.integers(-1, 2, (N, K), np.int8)),
+            "packed": shapes.pack(codes),
             "scale": np.full(length, 0.09, F32),
             "exp_avg": np.zeros(length, F32),
             "exp_avg_sq": np.zeros(length, F32),
-            "planes": {**planes, "control": control},
+            "planes": planes,
         }
 
     def step(self, i: int) -> float:
@@ -83,15 +85,17 @@ class Run:
 
 
 @functools.cache
-def oracle_run(rule: str, rows: bool, dtype: Any) -> list[tuple[float, dict[str, Array]]]:
-    """Loss and state after each of 200 steps of the oracle."""
-    run = Run(Oracle, rule, rows, dtype)
-    return [(run.step(i), {name: a.copy() for name, a in run.snapshot().items()}) for i in range(200)]
+def oracle_run(
+    rule: str, rows: bool, dtype: Any, steps: int = 200, stripes: int = 1
+) -> list[tuple[float, dict[str, Array]]]:
+    """Loss and state after each step of the oracle."""
+    run = Run(Oracle, rule, rows, dtype, stripes)
+    return [(run.step(i), {name: a.copy() for name, a in run.snapshot().items()}) for i in range(steps)]
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("rows", [False, True])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RULES[:2])
 def test_200_steps(isa: str, rule: str, rows: bool, dtype: Any) -> None:
     run, losses, moved = Run(_core, rule, rows, dtype), [], 0
     for i, (loss, state) in enumerate(oracle_run(rule, rows, dtype)):
@@ -102,6 +106,20 @@ def test_200_steps(isa: str, rule: str, rows: bool, dtype: Any) -> None:
         if i % 20 == 19:
             run.reload()
     assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:20]) and moved > N * K / 10
+
+
+@pytest.mark.parametrize("stripes", [1, 3])
+@pytest.mark.parametrize("rule", RULES[2:])
+def test_50_steps(isa: str, rule: str, stripes: int) -> None:
+    """The other rules, and every third row alone."""
+    run, moved = Run(_core, rule, stripes == 1, F32, stripes), 0
+    for i, (loss, state) in enumerate(oracle_run(rule, stripes == 1, F32, 50, stripes)):
+        assert run.step(i) == loss
+        moved += int(run.state["planes"]["control"][CONTROL["moved"]])
+        assert_same_bits(run.snapshot(), state, f"{isa}, {rule}, step {i}")
+        if i % 20 == 19:
+            run.reload()
+    assert moved > N * K / stripes / 50
 
 
 def residual_layer(residual: Array, codes: Array, **control: float) -> tuple[Array, Planes]:
@@ -244,12 +262,13 @@ def test_discard(isa: str, rule: str) -> None:
     oracle.discard(want)
     assert_same_bits(planes, want, isa)
     assert planes["control"][CONTROL["micro"]] == 2 and not planes["sketch"].any()
-    assert (planes["residual"] == p.planes["residual"]).all()
+    assert rule == "stochastic" or (planes["residual"] == p.planes["residual"]).all()
     for impl, state in ((_core, planes), (Oracle, want)):  # the next votes count alone
-        _, xq, sx = oracle.linear_forward(p.x, oracle.unpack(p.packed, (33, 70)), p.scale)
-        impl.vote(p.dy, xq, sx, p.packed, p.scale, 70, state)
+        packed = shapes.aligned(p.packed)
+        _, xq, sx = oracle.linear_forward(p.x, oracle.unpack(packed, (33, 70)), p.scale)
+        impl.vote(p.dy, xq, sx, packed, p.scale, 70, state)
         assert_same_bits(
-            {"rho": np.square(state["sketch"], dtype=np.float64).sum()[None]},
+            {"rho": oracle.in_order(np.square(state["sketch"], dtype=np.float64))[None]},
             {"rho": state["control"][CONTROL["sketch_energy"]][None]},
             "",
         )

@@ -202,6 +202,7 @@ def test_momentum_on_average(micro: int) -> None:
     p, control = layer.problem, layer.control
     start = random_planes(np.random.default_rng(8), N, K, "residual8_momentum4")
     p.planes.update({name: start[name].copy() for name in ("momentum", "momentum_scale")})
+    control[CONTROL["rule"]] = start["control"][CONTROL["rule"]]
     control[CONTROL["clip"]], beta1 = 1.3, control[CONTROL["beta1"]]
     u = np.clip(layer.normalised(), -1.3, 1.3)
     old = oracle.read_momentum(start)[:, :K].astype(np.float64)
@@ -225,6 +226,7 @@ def test_momentum_step_on_average() -> None:
     p, control = layer.problem, layer.control
     start = random_planes(np.random.default_rng(8), N, K, "residual8_momentum4")
     p.planes.update({name: start[name] for name in ("momentum", "momentum_scale")})
+    control[CONTROL["rule"]] = start["control"][CONTROL["rule"]]
     control[CONTROL["eta"]] = 0.19
     saved = control.copy()
     want = oracle.read_momentum(p.planes)[:, :K].astype(np.float64) * float(oracle.step_size(control))

@@ -47,6 +47,8 @@ kind_of(PyArray_Descr *descr)
         return OB_KIND_U8;
     case NPY_USHORT:
         return OB_KIND_U16;
+    case NPY_SHORT:
+        return OB_KIND_I16;
     default:
         break;
     }
@@ -70,6 +72,8 @@ kinds_text(unsigned kinds)
         return "int8";
     case OB_KIND_U8:
         return "uint8";
+    case OB_KIND_I16:
+        return "int16";
     case OB_KIND_RAW_BF16:
         return "bfloat16 or uint16";
     default:

@@ -12,6 +12,7 @@ enum { /* element kinds, a set */
        OB_KIND_I8 = 4,
        OB_KIND_U8 = 8,
        OB_KIND_U16 = 16,
+       OB_KIND_I16 = 64,
        OB_KIND_BF16 =
            32, /* a dtype named bfloat16 (ml_dtypes), known by name: nothing is imported */
        OB_KIND_RAW_BF16 = OB_KIND_BF16 | OB_KIND_U16, /* uint16: the raw bits */
@@ -91,27 +92,36 @@ PyArrayObject *ob_new_like(const ob_view *x, size_t columns);
 PyObject *ob_alias(PyArrayObject *array);
 
 /* views.c: the groups of arrays that several functions share ------------------------------------- */
-/* packed, scale and (bias may be None or NULL) of a layer of n outputs and k inputs */
+/* packed (with `flags`), scale and (bias may be None or NULL) of a layer of n outputs and k inputs */
 int ob_take_weights(ob_call *call, PyObject *packed, PyObject *scale, PyObject *bias, size_t n,
-                    size_t k, ob_weights *out);
+                    size_t k, unsigned flags, ob_weights *out);
 uint8_t *ob_take_packed(ob_call *call, PyObject *packed, size_t n, size_t k, unsigned flags);
 double *ob_take_control(ob_call *call, PyObject *control, const char *name, unsigned flags);
-/* n, k: in/out; SIZE_MAX takes the length from the factors */
-int ob_take_planes(ob_call *call, PyObject *planes, size_t *n, size_t *k, ob_planes *out);
-
-/* All arrays of a dict made by ob_new_planes join the call as outputs. */
-void ob_hold_planes(ob_call *call, PyObject *planes);
-
 typedef struct ob_control_init {
     double seed, layer, eta, cap, clip, beta1, beta2, scale_init;
+    double rule, stripes, stripe; /* zero: residual8, all rows */
 } ob_control_init;
 
 const char *ob_control_field(size_t index);
 PyArrayObject *ob_new_control(const ob_control_init *init);
-PyObject *ob_new_planes(size_t n, size_t k, ob_rule rule, const ob_control_init *init);
-/* The planes of a dict made by ob_new_planes, without checks; -1 with an exception. */
-int ob_view_planes(PyObject *planes, ob_rule rule, ob_planes *out);
 PyArrayObject *ob_new_packed(size_t n, size_t k);
+
+/* planes.c -------------------------------------------------------------------------------------------
+ * n, k: in/out; SIZE_MAX takes the length from the factors, and then n is the least that fits them.  out->codes is NULL:
+ * the caller gives it for rules that move codes in votes. */
+int ob_take_planes(ob_call *call, PyObject *planes, size_t *n, size_t *k, ob_planes *out);
+/* The packed codes of planes whose n was taken from them; n grows to what both allow */
+uint8_t *ob_take_packed_of(ob_call *call, PyObject *packed, size_t *n, size_t k,
+                           const ob_planes *planes, unsigned flags);
+void ob_hold_planes(ob_call *call,
+                    PyObject *planes); /* all arrays of such a dict join the call as outputs */
+
+/* Fresh planes for the rule, stripe and random position of `control`, which is stolen and becomes theirs; NULL passes an
+ * exception on.  packed: read for rule `byte`, else it may be NULL. */
+PyObject *ob_new_planes(size_t n, size_t k, PyArrayObject *control, const uint8_t *packed);
+PyObject *ob_plane_specs(size_t n, size_t k, const double *control); /* name -> (shape, dtype) */
+/* The planes of a dict made by ob_new_planes, without checks; -1 with an exception. */
+int ob_view_planes(PyObject *planes, uint8_t *codes, ob_planes *out);
 
 ob_rule ob_find_rule(int residual_bits,
                      int momentum_bits); /* OB_RULE_COUNT: none has these widths */

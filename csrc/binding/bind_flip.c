@@ -15,7 +15,7 @@ ob_py_flip(const char *name, ob_flip_op op, PyObject *args, PyObject *kw)
         return NULL;
     }
     if (ob_take_planes(&call, dict, &n, &k, &planes) < 0 ||
-        (codes = ob_take_packed(&call, packed, n, k, OB_WRITE)) == NULL ||
+        (codes = ob_take_packed_of(&call, packed, &n, k, &planes, OB_WRITE)) == NULL ||
         ob_check_overlap(&call) < 0) {
         goto done;
     }
@@ -34,6 +34,29 @@ static PyObject *
 flip(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
 {
     return ob_py_flip("flip", ob_flip, args, kw);
+}
+
+static PyObject *
+saturated(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
+{
+    static char *keys[] = {"packed", "planes", NULL};
+    PyObject *packed, *dict, *result = NULL;
+    ob_call call = {.function = "saturated"};
+    ob_planes planes;
+    size_t n = SIZE_MAX, k = SIZE_MAX;
+    uint64_t count = 0;
+    const uint8_t *codes;
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OO", keys, &packed, &dict)) {
+        return NULL;
+    }
+    if (ob_take_planes(&call, dict, &n, &k, &planes) == 0 &&
+        (codes = ob_take_packed_of(&call, packed, &n, k, &planes, 0)) != NULL &&
+        ob_check_overlap(&call) == 0) {
+        Py_BEGIN_ALLOW_THREADS count = ob_saturated(n, k, codes, &planes);
+        Py_END_ALLOW_THREADS result = PyLong_FromUnsignedLongLong(count);
+    }
+    ob_release(&call);
+    return result;
 }
 
 static PyObject *
@@ -104,7 +127,7 @@ take_control_init(const ob_call *call, const control_arguments *given, ob_contro
     const size_t exact = ((size_t)1 << 53) - 1;
     size_t seed = 0, layer = 0;
     double betas[2] = {0.9, 0.95};
-    *init = (ob_control_init){0, 0, 0.03, 0.025, 3.0, 0, 0, 1.0};
+    *init = (ob_control_init){.eta = 0.03, .cap = 0.025, .clip = 3.0, .scale_init = 1.0};
     if ((given->seed && ob_take_size(call, given->seed, "seed", 0, exact, &seed) < 0) ||
         (given->layer && ob_take_size(call, given->layer, "layer", 0, exact, &layer) < 0) ||
         (given->eta && ob_take_double(call, given->eta, "eta", 0, 1e6, &init->eta) < 0) ||
@@ -138,27 +161,80 @@ new_control(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
     return (PyObject *)ob_new_control(&init);
 }
 
+/* What planes are for: (N, K), a rule, a stripe */
+typedef struct planes_arguments {
+    PyObject *rows, *columns, *rule, *stripes, *stripe;
+} planes_arguments;
+
+static int
+take_planes_init(const ob_call *call, const planes_arguments *given, size_t *n, size_t *k,
+                 ob_control_init *init)
+{
+    size_t rule = OB_RULE_residual8, stripes = 1, stripe = 0;
+    if (ob_take_size(call, given->rows, "out_features", 0, OB_MAX_K, n) < 0 ||
+        ob_take_size(call, given->columns, "in_features", 0, OB_MAX_K, k) < 0 ||
+        (given->rule &&
+         ob_take_name(call, given->rule, "rule", OB_RULE_COUNT, ob_rule_text, &rule) < 0) ||
+        (given->stripes &&
+         ob_take_size(call, given->stripes, "stripes", 1, OB_MAX_K, &stripes) < 0) ||
+        (given->stripe &&
+         ob_take_size(call, given->stripe, "stripe", 0, stripes - 1, &stripe) < 0)) {
+        return -1;
+    }
+    init->rule = (double)rule;
+    init->stripes = (double)stripes;
+    init->stripe = (double)stripe;
+    return 0;
+}
+
 static PyObject *
 new_planes(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
 {
-    static char *keys[] = {"out_features", "in_features", "rule",  "seed",       "layer", "eta",
-                           "cap",          "clip",        "betas", "scale_init", NULL};
+    static char *keys[] = {"out_features", "in_features", "rule",       "packed", "stripes",
+                           "stripe",       "seed",        "layer",      "eta",    "cap",
+                           "clip",         "betas",       "scale_init", NULL};
     control_arguments given = {NULL};
+    planes_arguments shape = {NULL};
     ob_control_init init;
-    PyObject *rows, *columns, *rule_name = NULL;
-    size_t n = 0, k = 0, rule = OB_RULE_residual8;
+    PyObject *packed = Py_None, *planes = NULL;
+    const uint8_t *codes = NULL;
+    size_t n = 0, k = 0;
     ob_call call = {.function = "new_planes"};
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "OO|O$OOOOOOO", keys, &rows, &columns, &rule_name,
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OO|O$OOOOOOOOOO", keys, &shape.rows, &shape.columns,
+                                     &shape.rule, &packed, &shape.stripes, &shape.stripe,
                                      &given.seed, &given.layer, &given.eta, &given.cap, &given.clip,
                                      &given.betas, &given.scale_init) ||
-        ob_take_size(&call, rows, "out_features", 0, OB_MAX_K, &n) < 0 ||
-        ob_take_size(&call, columns, "in_features", 0, OB_MAX_K, &k) < 0 ||
-        (rule_name &&
-         ob_take_name(&call, rule_name, "rule", OB_RULE_COUNT, ob_rule_text, &rule) < 0) ||
-        take_control_init(&call, &given, &init) < 0) {
+        take_control_init(&call, &given, &init) < 0 ||
+        take_planes_init(&call, &shape, &n, &k, &init) < 0) {
         return NULL;
     }
-    return ob_new_planes(n, k, (ob_rule)rule, &init);
+    if (packed == Py_None && init.rule == OB_RULE_byte) {
+        ob_fail(&call, PyExc_ValueError, "'packed' must be given: rule byte holds the codes too");
+    }
+    else if (packed == Py_None || (codes = ob_take_packed(&call, packed, n, k, 0)) != NULL) {
+        planes = ob_new_planes(n, k, ob_new_control(&init), codes);
+    }
+    ob_release(&call);
+    return planes;
+}
+
+static PyObject *
+plane_specs(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
+{
+    static char *keys[] = {"out_features", "in_features", "rule", "stripes", "stripe", NULL};
+    planes_arguments shape = {NULL};
+    ob_control_init init = {.seed = 0};
+    size_t n = 0, k = 0;
+    ob_call call = {.function = "plane_specs"};
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OO|O$OO", keys, &shape.rows, &shape.columns,
+                                     &shape.rule, &shape.stripes, &shape.stripe) ||
+        take_planes_init(&call, &shape, &n, &k, &init) < 0) {
+        return NULL;
+    }
+    PyArrayObject *control = ob_new_control(&init);
+    PyObject *specs = control != NULL ? ob_plane_specs(n, k, PyArray_DATA(control)) : NULL;
+    Py_XDECREF(control);
+    return specs;
 }
 
 /* ------------------------------------------------------------------ method table */
@@ -182,16 +258,37 @@ PyDoc_STRVAR(scale_step_doc,
 
 PyDoc_STRVAR(
     new_planes_doc,
-    "new_planes($module, /, out_features, in_features, rule='residual8', *, seed=0, layer=0,\n"
-    "           eta=0.03, cap=0.025, clip=3.0, betas=(0.9, 0.95), scale_init=1.0)\n--\n\n"
-    "A dict of zeroed training planes of one layer, 64-byte aligned.\n\n"
-    "residual int8 (N, K); row_factor, row_sum, sketch float32 (N,); col_factor, col_sum float32 "
-    "(K,);\n"
-    "control float64; with a momentum rule also momentum uint8 (N, ceil(K/64), 32) and "
-    "momentum_scale\n"
-    "uint16 (N, ceil(K/64)).  eta: cells per step.  cap: largest share of codes moved per step, 0 "
-    "for\n"
-    "none.  Layers of one run want different `layer` ids.");
+    "new_planes($module, /, out_features, in_features, rule='residual8', *, packed=None, "
+    "stripes=1,\n"
+    "           stripe=0, seed=0, layer=0, eta=0.03, cap=0.025, clip=3.0, betas=(0.9, 0.95),\n"
+    "           scale_init=1.0)\n--\n\n"
+    "A dict of the training planes of one layer, 64-byte aligned, as the rule starts them.\n\n"
+    "residual: int8 (N, K) for 8 bits and byte, int16 (N, K), uint8 (N, ceil(K/64), 32) for 4 bits "
+    "and\n"
+    "(N, ceil(K/64), 16) for 2, none for stochastic; with a momentum, momentum uint8 (N, "
+    "ceil(K/64), 32)\n"
+    "or int8 (N, ceil(K/64), 64) and momentum_scale uint16 (N, ceil(K/64)); row_factor, row_sum, "
+    "sketch\n"
+    "float32 (N,); col_factor, col_sum float32 (K,); control float64, which names rule and "
+    "stripe.\n"
+    "stripes > 1: only the rows n % stripes == stripe are in training, and N is their number "
+    "here.\n"
+    "packed: the layer's codes, needed by rule byte, whose residual holds them too.  Below 8 bits "
+    "a\n"
+    "residual starts uniform within .3 cell, otherwise at zero.  eta: cells per step.  cap: "
+    "largest\n"
+    "share of codes moved per step, 0 for none.  Layers of one run want different `layer` ids.");
+
+PyDoc_STRVAR(plane_specs_doc,
+             "plane_specs($module, /, out_features, in_features, rule='residual8', *, stripes=1, "
+             "stripe=0)\n--\n\n"
+             "What new_planes makes, without making it: name -> (shape, dtype).");
+
+PyDoc_STRVAR(saturated_doc,
+             "saturated($module, /, packed, planes)\n--\n\n"
+             "How many weights have a residual at its bound (16 and 8 bits: at or beyond half a "
+             "cell), where it\n"
+             "waits for votes of the other sign.");
 
 PyDoc_STRVAR(new_control_doc,
              "new_control($module, /, *, seed=0, layer=0, eta=0.03, cap=0.025, clip=3.0, "
@@ -204,6 +301,8 @@ PyMethodDef ob_flip_methods[] = {
     OB_METHOD("discard", discard, discard_doc),
     OB_METHOD("scale_step", scale_step, scale_step_doc),
     OB_METHOD("new_planes", new_planes, new_planes_doc),
+    OB_METHOD("plane_specs", plane_specs, plane_specs_doc),
+    OB_METHOD("saturated", saturated, saturated_doc),
     OB_METHOD("new_control", new_control, new_control_doc),
     {NULL, NULL, 0, NULL},
 };

@@ -59,7 +59,7 @@ ob_py_linear_forward(const char *name, ob_forward_op op, PyObject *args, PyObjec
         ob_fail(&call, PyExc_ValueError, "'x' must have at most %u columns, got %zu", OB_MAX_K, k);
         goto done;
     }
-    if (ob_take_weights(&call, packed, scale, bias, n, k, &w) < 0 ||
+    if (ob_take_weights(&call, packed, scale, bias, n, k, 0, &w) < 0 ||
         (out != Py_None && (vout = take_out(&call, out, vx, n)) == NULL)) {
         goto done;
     }
@@ -117,7 +117,7 @@ ob_py_linear_backward_input(const char *name, ob_input_op op, PyObject *args, Py
         ob_fail(&call, PyExc_ValueError, "'dy' must have at most %u columns, got %zu", OB_MAX_K, n);
         goto done;
     }
-    if (ob_take_weights(&call, packed, scale, NULL, n, k, &w) < 0 ||
+    if (ob_take_weights(&call, packed, scale, NULL, n, k, 0, &w) < 0 ||
         (state = ob_take_control(&call, control, "control", OB_WRITE)) == NULL ||
         (out != Py_None && (vout = take_out(&call, out, vdy, k)) == NULL) ||
         ob_check_overlap(&call) < 0 || (dx = result_array(vout, vdy, k, &data)) == NULL) {
@@ -195,6 +195,18 @@ take_random_state(ob_call *call, PyObject *planes, PyObject *control, size_t n, 
     return v->control != NULL ? 0 : -1;
 }
 
+/* Weights; where the rule moves codes in votes, `packed` is an output. */
+static int
+take_codes(ob_call *call, PyObject *packed, PyObject *scale, size_t n, size_t k, vote_arguments *v)
+{
+    const int moves = v->planes.control != NULL && ob_rule_moves_in_vote(v->planes.rule);
+    if (ob_take_weights(call, packed, scale, NULL, n, k, moves ? OB_WRITE : 0, &v->w) < 0) {
+        return -1;
+    }
+    v->planes.codes = moves ? PyArray_DATA((PyArrayObject *)packed) : NULL;
+    return 0;
+}
+
 PyObject *
 ob_py_vote(const char *name, ob_vote_op op, PyObject *args, PyObject *kw)
 {
@@ -220,8 +232,8 @@ ob_py_vote(const char *name, ob_vote_op op, PyObject *args, PyObject *kw)
         goto done;
     }
     if (take_kept(&call, xq, sx, m, k, &v) < 0 ||
-        ob_take_weights(&call, packed, scale, NULL, n, k, &v.w) < 0 ||
         take_random_state(&call, planes, control, n, k, &v) < 0 ||
+        take_codes(&call, packed, scale, n, k, &v) < 0 ||
         take_sum(&call, ds, "ds", v.w.scale_len, &v.ds) < 0 ||
         take_sum(&call, db, "db", n, &v.db) < 0 || ob_check_overlap(&call) < 0) {
         goto done;
@@ -292,7 +304,9 @@ PyDoc_STRVAR(
     "dy (..., N) float32 or bfloat16; xq, sx as kept by linear_forward; planes as made by "
     "new_planes,\n"
     "or None with a control instead (no votes).  ds (1,) or (N,) and db (N,) float32 grow by the\n"
-    "gradients of scale and bias.  Each 65,536 tokens count as one micro-batch.  A non-finite\n"
+    "gradients of scale and bias.  Rules that move codes in votes (residual4, residual2, "
+    "stochastic)\n"
+    "write packed.  Each 65,536 tokens count as one micro-batch.  A non-finite\n"
     "gradient anywhere: ds and db become NaN, control['nonfinite'] grows, no vote is cast.  "
     "Raises\n"
     "as linear_forward.");

@@ -63,7 +63,7 @@ weight_gradient(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
     ob_spec steps = {OB_KIND_F32, 0, 1, {(npy_intp)m}, NULL};
     if ((vxq = ob_take_array(&call, xq, "xq", codes)) == NULL ||
         (vsx = ob_take_array(&call, sx, "sx", steps)) == NULL ||
-        ob_take_weights(&call, packed, scale, NULL, n, k, &w) < 0 ||
+        ob_take_weights(&call, packed, scale, NULL, n, k, 0, &w) < 0 ||
         (state = ob_take_control(&call, control, "control", OB_WRITE)) == NULL ||
         ob_check_overlap(&call) < 0) {
         goto done;

@@ -90,7 +90,8 @@ layer_from(PyTypeObject *type, size_t n, size_t k, PyArrayObject *packed, PyArra
         Py_XDECREF(bias);
         return NULL;
     }
-    const ob_control_init init = {seed, 0, 0, 0, 3, 0.9, 0.95, 1};
+    const ob_control_init init = {
+        .seed = seed, .clip = 3, .beta1 = 0.9, .beta2 = 0.95, .scale_init = 1};
     layer->n = n;
     layer->k = k;
     layer->name = Py_NewRef(Py_None);

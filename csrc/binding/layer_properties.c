@@ -77,7 +77,7 @@ PyGetSetDef ob_layer_properties[] = {
     ARRAY(scale_grad, "float32 like scale, a view; grows with every backward"),
     ARRAY(bias_grad, "float32 (N,), a view, or None"),
     {"planes", get_planes, NULL, "dict of views while an optimizer is attached, or None", NULL},
-    {"residual", get_residual, NULL, "int8 (N, K), a view while attached, or None", NULL},
+    {"residual", get_residual, NULL, "the plane of that name, a view, or None", NULL},
     {"name", get_name, set_name, "str or None; named in messages", NULL},
     {"paused", get_paused, set_paused, "bool; True: backward casts no votes", NULL},
     {NULL, NULL, NULL, NULL, NULL},

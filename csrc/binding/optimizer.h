@@ -23,6 +23,7 @@ typedef struct ob_optimizer {
     PyObject_HEAD size_t count; /* 0 once detached */
     ob_slot *slots;
     ob_rule rule;
+    size_t stripes, stripe; /* of every layer */
     double lr, scale_lr, bias_lr, flip_rate;
     int detached;
 } ob_optimizer;
@@ -31,6 +32,17 @@ typedef struct ob_optimizer {
 #define OB_SLOT_ARRAYS 16
 size_t ob_slot_arrays(const ob_slot *slot, const char *names[OB_SLOT_ARRAYS],
                       PyArrayObject *arrays[OB_SLOT_ARRAYS]);
+
+/* Planes that may take the place of a slot's. */
+typedef struct ob_spare {
+    PyObject *planes; /* strong; NULL: keep the slot's */
+    ob_planes view;
+} ob_spare;
+
+/* Fresh planes for the slot's layer by a copy of `control`; -1 with an exception. */
+int ob_spare_make(ob_spare *spare, const ob_slot *slot, const double *control);
+void ob_spare_use(ob_spare *spare, ob_slot *slot);
+PyObject *ob_optimizer_rotate(PyObject *optimizer, PyObject *none);
 
 /* All layers or none; -1 with RuntimeError if detached or one is busy. */
 int ob_optimizer_lock(const ob_call *call, ob_optimizer *optimizer);

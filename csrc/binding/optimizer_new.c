@@ -1,10 +1,12 @@
 /* optimizer_new.c - FlipOptimizer: making one on free layers, and letting them go. */
 #include "optimizer.h"
 
+#include <string.h>
+
 /* ------------------------------------------------------------------ arguments */
 typedef struct options {
     double lr, scale_lr, bias_lr, betas[2], cap;
-    size_t seed;
+    size_t seed, stripes;
     ob_rule rule;
 } options;
 
@@ -14,11 +16,12 @@ recipe_name(size_t index)
     return index == 0 ? "finetune" : "pretrain";
 }
 
+/* The rule by its name, or else by its bits, which a recipe sets where they are not given */
 static int
-take_rule(const ob_call *call, PyObject *recipe, PyObject *residual, PyObject *momentum,
-          ob_rule *rule)
+take_rule(const ob_call *call, PyObject *recipe, PyObject *name, PyObject *residual,
+          PyObject *momentum, ob_rule *rule)
 {
-    size_t which = 0, residual_bits = 8, momentum_bits;
+    size_t which = 0, residual_bits = 8, momentum_bits, named = 0;
     if (recipe && ob_take_name(call, recipe, "recipe", 2, recipe_name, &which) < 0) {
         return -1;
     }
@@ -26,19 +29,27 @@ take_rule(const ob_call *call, PyObject *recipe, PyObject *residual, PyObject *m
     if ((residual != Py_None &&
          ob_take_size(call, residual, "residual_bits", 0, 32, &residual_bits) < 0) ||
         (momentum != Py_None &&
-         ob_take_size(call, momentum, "momentum_bits", 0, 32, &momentum_bits) < 0)) {
+         ob_take_size(call, momentum, "momentum_bits", 0, 32, &momentum_bits) < 0) ||
+        (name != Py_None &&
+         ob_take_name(call, name, "rule", OB_RULE_COUNT, ob_rule_text, &named) < 0)) {
         return -1;
     }
-    *rule = ob_find_rule((int)residual_bits, (int)momentum_bits);
+    if (name != Py_None && (residual != Py_None || momentum != Py_None)) {
+        return ob_fail(call, PyExc_ValueError,
+                       "'rule' says the bits too: give it, or 'residual_bits' and "
+                       "'momentum_bits'");
+    }
+    *rule = name != Py_None ? (ob_rule)named : ob_find_rule((int)residual_bits, (int)momentum_bits);
     if (*rule != OB_RULE_COUNT) {
         return 0;
     }
     char known[256] = "";
-    size_t used = 0;
-    for (int i = 0; i < OB_RULE_COUNT && used < sizeof known - 16; i++) {
-        used +=
-            (size_t)snprintf(known + used, sizeof known - used, "%s(%d, %d)", i > 0 ? ", " : "",
-                             ob_rule_residual_bits((ob_rule)i), ob_rule_momentum_bits((ob_rule)i));
+    for (int i = 0; i < OB_RULE_COUNT; i++) {
+        size_t used = strlen(known);
+        int r = ob_rule_residual_bits((ob_rule)i), m = ob_rule_momentum_bits((ob_rule)i);
+        if (ob_find_rule(r, m) == (ob_rule)i) { /* the first of these bits: byte has a name only */
+            snprintf(known + used, sizeof known - used, "%s(%d, %d)", used > 0 ? ", " : "", r, m);
+        }
     }
     return ob_fail(call, PyExc_ValueError,
                    "'residual_bits', 'momentum_bits' must be one of %s, got (%zu, %zu)", known,
@@ -99,10 +110,20 @@ static int
 open_slot(ob_slot *slot, ob_layer *layer, size_t id, const options *o)
 {
     const ob_control_init init = {
-        (double)o->seed, (double)id,       o->lr, o->cap, 3.0, o->betas[0],
-        o->betas[1],     mean_scale(layer)};
+        .seed = (double)o->seed,
+        .layer = (double)id,
+        .eta = o->lr,
+        .cap = o->cap,
+        .clip = 3.0,
+        .beta1 = o->betas[0],
+        .beta2 = o->betas[1],
+        .scale_init = mean_scale(layer),
+        .rule = (double)o->rule,
+        .stripes = (double)o->stripes,
+    };
     slot->layer = (ob_layer *)Py_NewRef(layer);
-    slot->planes = ob_new_planes(layer->n, layer->k, o->rule, &init);
+    slot->planes =
+        ob_new_planes(layer->n, layer->k, ob_new_control(&init), PyArray_DATA(layer->packed));
     int failed = slot->planes == NULL;
     for (int i = 0; i < OB_MOMENTS && !failed; i++) {
         PyArrayObject *like = i < OB_BIAS_AVG ? layer->scale : layer->bias;
@@ -146,6 +167,7 @@ optimizer_on(PyTypeObject *type, const ob_call *call, PyTypeObject *layer_type, 
         return NULL;
     }
     self->rule = o->rule;
+    self->stripes = o->stripes;
     self->lr = o->lr;
     self->scale_lr = o->scale_lr;
     self->bias_lr = o->bias_lr;
@@ -158,8 +180,9 @@ optimizer_on(PyTypeObject *type, const ob_call *call, PyTypeObject *layer_type, 
     for (size_t i = 0; i < count && !failed; i++) {
         self->count = i + 1;
         ob_slot *slot = &self->slots[i];
-        failed = open_slot(slot, (ob_layer *)PyTuple_GET_ITEM(layers, (Py_ssize_t)i), i, o) < 0 ||
-                 ob_view_planes(slot->planes, o->rule, &views[i]) < 0;
+        ob_layer *layer = (ob_layer *)PyTuple_GET_ITEM(layers, (Py_ssize_t)i);
+        failed = open_slot(slot, layer, i, o) < 0 ||
+                 ob_view_planes(slot->planes, PyArray_DATA(layer->packed), &views[i]) < 0;
     }
     if (failed || attach(call, self, layer_type, layers, views) < 0) {
         Py_CLEAR(self);
@@ -171,25 +194,37 @@ optimizer_on(PyTypeObject *type, const ob_call *call, PyTypeObject *layer_type, 
 PyObject *
 ob_optimizer_new(PyTypeObject *type, PyObject *args, PyObject *kw)
 {
-    static char *keys[] = {
-        "layers",        "lr",   "scale_lr", "betas", "recipe", "residual_bits", "momentum_bits",
-        "flip_rate_cap", "seed", "bias_lr",  NULL};
+    static char *keys[] = {"layers",
+                           "lr",
+                           "scale_lr",
+                           "betas",
+                           "recipe",
+                           "residual_bits",
+                           "momentum_bits",
+                           "flip_rate_cap",
+                           "seed",
+                           "bias_lr",
+                           "rule",
+                           "stripes",
+                           NULL};
     const ob_state *state = PyType_GetModuleState(type);
     PyObject *layers, *lr = NULL, *scale_lr = NULL, *betas = NULL, *recipe = NULL,
                       *residual = Py_None, *momentum = Py_None, *cap = Py_None, *seed = NULL,
-                      *bias_lr = NULL;
+                      *bias_lr = NULL, *rule = Py_None, *stripes = NULL;
     ob_call call = {.function = "FlipOptimizer"};
-    options o = {0.03, 1e-4, 1e-3, {0.9, 0.95}, 0.025, 0, OB_RULE_residual8};
+    options o = {0.03, 1e-4, 1e-3, {0.9, 0.95}, 0.025, 0, 1, OB_RULE_residual8};
     if (state == NULL ||
-        !PyArg_ParseTupleAndKeywords(args, kw, "O|OOOOOOOOO", keys, &layers, &lr, &scale_lr, &betas,
-                                     &recipe, &residual, &momentum, &cap, &seed, &bias_lr) ||
+        !PyArg_ParseTupleAndKeywords(args, kw, "O|OOOOOOOOOOO", keys, &layers, &lr, &scale_lr,
+                                     &betas, &recipe, &residual, &momentum, &cap, &seed, &bias_lr,
+                                     &rule, &stripes) ||
         (lr && ob_take_double(&call, lr, "lr", 0, 1e6, &o.lr) < 0) ||
         (scale_lr && ob_take_double(&call, scale_lr, "scale_lr", 0, 1e6, &o.scale_lr) < 0) ||
         (bias_lr && ob_take_double(&call, bias_lr, "bias_lr", 0, 1e6, &o.bias_lr) < 0) ||
         (betas && ob_take_betas(&call, betas, "betas", o.betas) < 0) ||
         (cap != Py_None && ob_take_double(&call, cap, "flip_rate_cap", 0, 1, &o.cap) < 0) ||
         (seed && ob_take_size(&call, seed, "seed", 0, ((size_t)1 << 53) - 1, &o.seed) < 0) ||
-        take_rule(&call, recipe, residual, momentum, &o.rule) < 0) {
+        (stripes && ob_take_size(&call, stripes, "stripes", 1, OB_MAX_K, &o.stripes) < 0) ||
+        take_rule(&call, recipe, rule, residual, momentum, &o.rule) < 0) {
         return NULL;
     }
     if (!PyTuple_Check(layers) && !PyList_Check(layers)) {

@@ -40,31 +40,25 @@ count_zero_codes(const uint8_t *packed, size_t bytes)
     return count;
 }
 
-static size_t
-count_saturated(const int8_t *residual, size_t length)
-{
-    size_t count = 0;
-    for (size_t i = 0; i < length; i++) {
-        count += residual[i] >= 64 || residual[i] <= -64;
-    }
-    return count;
-}
-
 static PyObject *
 slot_stats(const ob_slot *slot)
 {
     const ob_layer *layer = slot->layer;
     const double *control = layer->view.control;
     const size_t codes = layer->n * layer->k, bytes = (size_t)PyArray_NBYTES(layer->packed);
+    const ob_planes *view = &layer->view;
+    const size_t trained = ob_active_rows(layer->n, view->stripes, view->stripe) * layer->k;
     const double total = codes > 0 ? (double)codes : 1.0;
-    size_t zeros, saturated;
+    size_t zeros;
+    uint64_t saturated;
     Py_BEGIN_ALLOW_THREADS zeros =
         count_zero_codes(PyArray_DATA(layer->packed), bytes) - (4 * bytes - codes);
-    saturated = count_saturated(layer->view.residual, codes);
+    saturated = ob_saturated(layer->n, layer->k, PyArray_DATA(layer->packed), view);
     Py_END_ALLOW_THREADS return Py_BuildValue(
         "{s:O, s:d, s:d, s:d, s:d}", "name", layer->name, "flip_rate",
         control[OB_CTL_MOVED] / total, "guard", control[OB_CTL_GUARD], "zero_fraction",
-        (double)zeros / total, "saturated", (double)saturated / total);
+        (double)zeros / total, "saturated",
+        (double)saturated / (trained > 0 ? (double)trained : 1.0));
 }
 
 PyObject *
@@ -153,6 +147,27 @@ field_rate(const ob_call *call, PyObject *state, const char *name, double high, 
     return value != NULL ? ob_take_double(call, value, name, 0, high, out) : -1;
 }
 
+/* Planes for the stripe that the state was in, if that is not the slot's; -1 with an exception */
+static int
+take_stripe(const ob_slot *slot, PyObject *state, ob_call *call, ob_spare *spare)
+{
+    PyObject *item = field(call, state, "control");
+    const double *control = item != NULL ? ob_take_control(call, item, "control", 0) : NULL;
+    const ob_planes *view = &slot->layer->view;
+    if (control == NULL) {
+        return -1;
+    }
+    if (control[OB_CTL_RULE] != (double)view->rule ||
+        control[OB_CTL_STRIPES] != (double)view->stripes) {
+        return ob_fail(call, PyExc_ValueError,
+                       "'control' must hold rule %d and stripes %zu as this optimizer, got %d "
+                       "and %zu",
+                       (int)view->rule, view->stripes, (int)control[OB_CTL_RULE],
+                       (size_t)control[OB_CTL_STRIPES]);
+    }
+    return control[OB_CTL_STRIPE] == (double)view->stripe ? 0 : ob_spare_make(spare, slot, control);
+}
+
 /* The source of every array of a slot, strong references in `sources`. */
 static int
 take_slot(const ob_slot *slot, PyObject *state, ob_call *call, PyArrayObject **sources)
@@ -160,10 +175,6 @@ take_slot(const ob_slot *slot, PyObject *state, ob_call *call, PyArrayObject **s
     const char *names[OB_SLOT_ARRAYS];
     PyArrayObject *arrays[OB_SLOT_ARRAYS];
     const size_t count = ob_slot_arrays(slot, names, arrays);
-    if (!PyDict_Check(state)) {
-        return ob_fail(call, PyExc_TypeError, "'state' must hold a dict per layer, got %.80s",
-                       Py_TYPE(state)->tp_name);
-    }
     for (size_t i = 0; i < count; i++) {
         PyObject *item = field(call, state, names[i]);
         int fits = item != NULL &&
@@ -182,8 +193,10 @@ take_slot(const ob_slot *slot, PyObject *state, ob_call *call, PyArrayObject **s
     return 0;
 }
 
+/* Every layer's sources, and planes where another stripe was in training than now. */
 static int
-take_slots(ob_optimizer *self, const ob_call *outer, PyObject *state, PyArrayObject **sources)
+take_slots(ob_optimizer *self, const ob_call *outer, PyObject *state, ob_spare *spares,
+           PyArrayObject **sources)
 {
     PyObject *layers = field(outer, state, "layers");
     if (layers == NULL) {
@@ -195,8 +208,17 @@ take_slots(ob_optimizer *self, const ob_call *outer, PyObject *state, PyArrayObj
     }
     for (size_t i = 0; i < self->count; i++) {
         ob_call call = {.function = outer->function};
-        int status = take_slot(&self->slots[i], PyList_GET_ITEM(layers, (Py_ssize_t)i), &call,
-                               &sources[i * OB_SLOT_ARRAYS]);
+        PyObject *entry = PyList_GET_ITEM(layers, (Py_ssize_t)i);
+        if (!PyDict_Check(entry)) {
+            return ob_fail(&call, PyExc_TypeError, "'state' must hold a dict per layer, got %.80s",
+                           Py_TYPE(entry)->tp_name);
+        }
+        int status = take_stripe(&self->slots[i], entry, &call, &spares[i]);
+        ob_slot slot = self->slots[i]; /* as it will be */
+        slot.planes = spares[i].planes != NULL ? spares[i].planes : slot.planes;
+        if (status == 0) {
+            status = take_slot(&slot, entry, &call, &sources[i * OB_SLOT_ARRAYS]);
+        }
         ob_release(&call);
         if (status < 0) {
             return -1;
@@ -229,11 +251,15 @@ take_header(const ob_optimizer *self, const ob_call *call, PyObject *state, ob_o
 }
 
 static void
-copy_slots(const ob_optimizer *self, PyArrayObject *const *sources)
+copy_slots(ob_optimizer *self, ob_spare *spares, PyArrayObject *const *sources)
 {
     const char *names[OB_SLOT_ARRAYS];
     PyArrayObject *arrays[OB_SLOT_ARRAYS];
     for (size_t i = 0; i < self->count; i++) {
+        if (spares[i].planes != NULL) {
+            ob_spare_use(&spares[i], &self->slots[i]);
+        }
+        self->stripe = self->slots[i].layer->view.stripe;
         const size_t count = ob_slot_arrays(&self->slots[i], names, arrays);
         for (size_t j = 0; j < count; j++) {
             memmove(PyArray_DATA(arrays[j]), PyArray_DATA(sources[i * OB_SLOT_ARRAYS + j]),
@@ -262,12 +288,13 @@ ob_optimizer_load(PyObject *object, PyObject *args, PyObject *kw)
     }
     const size_t room = self->count * OB_SLOT_ARRAYS;
     PyArrayObject **sources = PyMem_Calloc(room + 1, sizeof *sources);
-    if (sources == NULL) {
+    ob_spare *spares = PyMem_Calloc(self->count + 1, sizeof *spares);
+    if (sources == NULL || spares == NULL) {
         PyErr_NoMemory();
     }
     else if (take_header(self, &call, state, &taken) == 0 &&
-             take_slots(self, &call, state, sources) == 0) {
-        copy_slots(self, sources);
+             take_slots(self, &call, state, spares, sources) == 0) {
+        copy_slots(self, spares, sources);
         self->lr = taken.lr;
         self->scale_lr = taken.scale_lr;
         self->bias_lr = taken.bias_lr;
@@ -277,7 +304,11 @@ ob_optimizer_load(PyObject *object, PyObject *args, PyObject *kw)
     for (size_t i = 0; sources != NULL && i < room; i++) {
         Py_XDECREF(sources[i]);
     }
+    for (size_t i = 0; spares != NULL && i < self->count; i++) {
+        Py_XDECREF(spares[i].planes);
+    }
     PyMem_Free(sources);
+    PyMem_Free(spares);
     ob_optimizer_unlock(self);
     return result;
 }

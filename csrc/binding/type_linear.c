@@ -154,6 +154,9 @@ take_gradient(ob_call *call, ob_layer *self, PyObject *dy)
     if (self->planes != NULL) {
         ob_hold_planes(call, self->planes);
     }
+    if (self->planes != NULL && self->view.codes != NULL) {
+        ob_hold_array(call, self->packed, "packed", 1);
+    }
     return ob_check_overlap(call) < 0 ? NULL : view;
 }
 

@@ -193,6 +193,12 @@ get_rule(PyObject *object, void *Py_UNUSED(closure))
 
 #define RATE(name, setter, doc) {#name, get_rate, setter, doc, (void *)offsetof(ob_optimizer, name)}
 
+static PyObject *
+get_count(PyObject *object, void *offset)
+{
+    return PyLong_FromSize_t(*(size_t *)((char *)object + (uintptr_t)offset));
+}
+
 static PyGetSetDef optimizer_properties[] = {
     RATE(lr, set_rate, "learning rate of the codes, cells per step"),
     RATE(scale_lr, set_rate, "learning rate of the scales, relative to their first value"),
@@ -200,6 +206,10 @@ static PyGetSetDef optimizer_properties[] = {
     RATE(flip_rate, NULL, "share of all codes that the last step moved"),
     {"layers", get_layers, NULL, "the layers, in the order of their ids", NULL},
     {"rule", get_rule, NULL, "name of the flip rule", NULL},
+    {"stripes", get_count, NULL, "block-cyclic: every stripes-th row is in training",
+     (void *)offsetof(ob_optimizer, stripes)},
+    {"stripe", get_count, NULL, "and which: rows n % stripes == stripe",
+     (void *)offsetof(ob_optimizer, stripe)},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
@@ -248,13 +258,18 @@ PyDoc_STRVAR(
     optimizer_doc,
     "FlipOptimizer(layers, lr=0.03, scale_lr=1e-4, betas=(0.9, 0.95), recipe='finetune',\n"
     "              residual_bits=None, momentum_bits=None, flip_rate_cap=None, seed=0, "
-    "bias_lr=1e-3)\n"
+    "bias_lr=1e-3,\n"
+    "              rule=None, stripes=1)\n"
     "--\n\n"
     "Trains the codes of TernaryLinear layers by votes, their scales and biases by Adam.\n\n"
     "lr: cells per step for a vote of size 1; scale_lr: relative to the scale's first value; "
     "bias_lr:\n"
     "absolute.  recipe 'finetune': an 8-bit residual; 'pretrain': also a 4-bit momentum; the bits\n"
-    "override it.  flip_rate_cap: largest share of a layer's codes that should move per step "
+    "override it, or one of RULES by its name: 'byte' (code and residual in 8 bits), 'stochastic' "
+    "(no\n"
+    "memory), ...  stripes G > 1: only every G-th row is in training until rotate(), so planes and "
+    "dW\n"
+    "shrink to 1/G.  flip_rate_cap: largest share of a layer's codes that should move per step "
     "(None:\n"
     ".025, 0: no cap).  Layers get the ids 0, 1, ... in order and are detached when the optimizer "
     "dies.\n"
@@ -267,13 +282,19 @@ PyDoc_STRVAR(
     zero_grad_doc,
     "zero_grad($self, /)\n--\n\n"
     "Zero scale_grad and bias_grad of every layer; step() does not.  Votes are never cleared.");
+PyDoc_STRVAR(
+    rotate_doc,
+    "rotate($self, /)\n--\n\n"
+    "The next stripe of rows goes into training with fresh planes, and measures first; votes of "
+    "the last\n"
+    "one that moved no code are dropped.  RuntimeError without stripes.");
 PyDoc_STRVAR(detach_doc,
              "detach($self, /)\n--\n\nFree the layers and drop their planes; may be called again.");
 PyDoc_STRVAR(
     stats_doc,
     "stats($self, /)\n--\n\n"
     "One dict per layer: name, flip_rate (last step), guard, zero_fraction (share of codes 0),\n"
-    "saturated (share of residual entries at or beyond half a cell: votes against a bound).");
+    "saturated (share of the residual that waits at a bound for votes of the other sign).");
 PyDoc_STRVAR(state_dict_doc, "state_dict($self, /)\n--\n\nEverything that resuming needs, as "
                              "copies: rates, planes, moments.");
 PyDoc_STRVAR(
@@ -285,6 +306,7 @@ PyDoc_STRVAR(
 static PyMethodDef optimizer_methods[] = {
     {"step", step, METH_NOARGS, step_doc},
     {"zero_grad", zero_grad, METH_NOARGS, zero_grad_doc},
+    {"rotate", ob_optimizer_rotate, METH_NOARGS, rotate_doc},
     {"detach", detach, METH_NOARGS, detach_doc},
     {"stats", ob_optimizer_stats, METH_NOARGS, stats_doc},
     {"state_dict", ob_optimizer_state_dict, METH_NOARGS, state_dict_doc},

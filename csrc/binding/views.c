@@ -1,4 +1,4 @@
-/* views.c - groups of arrays that several functions share: weights, control, planes. */
+/* views.c - groups of arrays that several functions share: weights and control (planes.c: planes). */
 #include "binding.h"
 
 #include <math.h>
@@ -41,10 +41,10 @@ ob_new_packed(size_t n, size_t k)
 
 int
 ob_take_weights(ob_call *call, PyObject *packed, PyObject *scale, PyObject *bias, size_t n,
-                size_t k, ob_weights *out)
+                size_t k, unsigned flags, ob_weights *out)
 {
     const npy_intp rows = (npy_intp)n;
-    const uint8_t *codes = ob_take_packed(call, packed, n, k, 0);
+    const uint8_t *codes = ob_take_packed(call, packed, n, k, flags);
     if (codes == NULL) {
         return -1;
     }
@@ -79,7 +79,7 @@ static const struct control_field {
     [OB_CTL_STEP] = {"step", 0, exact, 1},
     [OB_CTL_MICRO] = {"micro", 0, exact, 1},
     [OB_CTL_NONFINITE] = {"nonfinite", 0, exact, 1},
-    [OB_CTL_ETA] = {"eta", 0, 1e6, 0}, /* bounds keep eta * clip * 128 finite in float32 */
+    [OB_CTL_ETA] = {"eta", 0, 1e6, 0}, /* bounds keep eta * clip * units finite in float32 */
     [OB_CTL_ETA_PEAK] = {"eta_peak", 0, 1e6, 0},
     [OB_CTL_GUARD] = {"guard", 1e-3, 1, 0},
     [OB_CTL_CAP] = {"cap", 0, 1, 0},
@@ -92,8 +92,10 @@ static const struct control_field {
     [OB_CTL_SCALE_INIT] = {"scale_init", 0, 1e18, 0},
     [OB_CTL_BETA1_POWER] = {"beta1_power", 0, 1, 0},
     [OB_CTL_BETA2_POWER] = {"beta2_power", 0, 1, 0},
-    [OB_CTL_RESERVED0] = {"reserved0", 0, 0, 0},
-    [OB_CTL_RESERVED1] = {"reserved1", 0, 0, 0},
+    [OB_CTL_STRIPES] = {"stripes", 0, OB_MAX_K, 1},
+    [OB_CTL_STRIPE] = {"stripe", 0, OB_MAX_K, 1},
+    [OB_CTL_VOTE_MOVED] = {"vote_moved", 0, exact, 1},
+    [OB_CTL_RULE] = {"rule", 0, OB_RULE_COUNT - 1, 1},
 };
 
 const char *
@@ -122,6 +124,10 @@ ob_take_control(ob_call *call, PyObject *control, const char *name, unsigned fla
             return NULL;
         }
     }
+    if (values[OB_CTL_STRIPE] > 0 && values[OB_CTL_STRIPE] >= values[OB_CTL_STRIPES]) {
+        ob_fail(call, PyExc_ValueError, "'%s' must hold 'stripe' below 'stripes'", name);
+        return NULL;
+    }
     return view->data;
 }
 
@@ -141,212 +147,9 @@ ob_new_control(const ob_control_init *init)
         values[OB_CTL_BETA2] = init->beta2;
         values[OB_CTL_SCALE_INIT] = init->scale_init;
         values[OB_CTL_BETA1_POWER] = values[OB_CTL_BETA2_POWER] = 1.0;
+        values[OB_CTL_RULE] = init->rule;
+        values[OB_CTL_STRIPES] = init->stripes;
+        values[OB_CTL_STRIPE] = init->stripe;
     }
     return control;
-}
-
-/* ------------------------------------------------------------------ planes */
-enum {
-    ROW_FACTOR,
-    COL_FACTOR,
-    RESIDUAL,
-    ROW_SUM,
-    COL_SUM,
-    SKETCH,
-    MOMENTUM,
-    MOMENTUM_SCALE,
-    CONTROL,
-    PLANES
-};
-static const char *const plane_names[PLANES] = {
-    [ROW_FACTOR] = "row_factor", [COL_FACTOR] = "col_factor",
-    [RESIDUAL] = "residual",     [ROW_SUM] = "row_sum",
-    [COL_SUM] = "col_sum",       [SKETCH] = "sketch",
-    [MOMENTUM] = "momentum",     [MOMENTUM_SCALE] = "momentum_scale",
-    [CONTROL] = "control",
-};
-
-/* Shape and type of one plane of an (n, k) layer; `type` is what ob_new_planes makes. */
-static ob_spec
-plane_spec(int plane, npy_intp n, npy_intp k, int *type)
-{
-    const npy_intp blocks = k / 64 + (k % 64 != 0);
-    *type = NPY_FLOAT;
-    switch (plane) {
-    case RESIDUAL:
-        *type = NPY_INT8;
-        return (ob_spec){OB_KIND_I8, OB_WRITE, 2, {n, k}, NULL};
-    case MOMENTUM:
-        *type = NPY_UINT8;
-        return (ob_spec){OB_KIND_U8, OB_WRITE, 3, {n, blocks, 32}, NULL};
-    case MOMENTUM_SCALE:
-        *type = NPY_UINT16;
-        return (ob_spec){OB_KIND_RAW_BF16, OB_WRITE, 2, {n, blocks}, NULL};
-    case ROW_FACTOR:
-    case ROW_SUM:
-    case SKETCH:
-        return (ob_spec){OB_KIND_F32, OB_WRITE, 1, {n}, "N"};
-    default:
-        return (ob_spec){OB_KIND_F32, OB_WRITE, 1, {k}, "K"};
-    }
-}
-
-ob_rule
-ob_find_rule(int residual_bits, int momentum_bits)
-{
-    for (int rule = 0; rule < OB_RULE_COUNT; rule++) {
-        if (ob_rule_residual_bits((ob_rule)rule) == residual_bits &&
-            ob_rule_momentum_bits((ob_rule)rule) == momentum_bits) {
-            return (ob_rule)rule;
-        }
-    }
-    return OB_RULE_COUNT;
-}
-
-/* Exactly the documented keys; afterwards look-ups run no foreign code. */
-static int
-check_keys(const ob_call *call, PyObject *planes, int *has_momentum)
-{
-    PyObject *key = NULL, *value = NULL;
-    Py_ssize_t position = 0;
-    unsigned seen = 0;
-    while (PyDict_Next(planes, &position, &key, &value)) {
-        int plane = PLANES;
-        for (int i = 0; PyUnicode_CheckExact(key) && i < PLANES; i++) {
-            if (PyUnicode_CompareWithASCIIString(key, plane_names[i]) == 0) {
-                plane = i;
-            }
-        }
-        if (plane == PLANES) {
-            return ob_fail(call, PyExc_ValueError, "'planes' has an unknown key %.60R", key);
-        }
-        seen |= 1u << plane;
-    }
-    const unsigned momentum = 1u << MOMENTUM | 1u << MOMENTUM_SCALE;
-    *has_momentum = (seen & momentum) != 0;
-    for (int i = 0; i < PLANES; i++) {
-        int wanted = !(momentum >> i & 1u) || *has_momentum;
-        if (wanted && !(seen >> i & 1u)) {
-            return ob_fail(call, PyExc_ValueError, "'planes' lacks the key '%s'", plane_names[i]);
-        }
-    }
-    return 0;
-}
-
-static ob_planes
-planes_of(void *const data[PLANES], ob_rule rule)
-{
-    return (ob_planes){rule,
-                       data[RESIDUAL],
-                       data[MOMENTUM],
-                       data[MOMENTUM_SCALE],
-                       data[ROW_FACTOR],
-                       data[COL_FACTOR],
-                       data[ROW_SUM],
-                       data[COL_SUM],
-                       data[SKETCH],
-                       data[CONTROL]};
-}
-
-int
-ob_view_planes(PyObject *planes, ob_rule rule, ob_planes *out)
-{
-    void *data[PLANES] = {NULL};
-    for (int i = 0; i < PLANES; i++) {
-        PyObject *key = PyUnicode_FromString(plane_names[i]);
-        PyObject *array = key != NULL ? PyDict_GetItemWithError(planes, key) : NULL;
-        Py_XDECREF(key);
-        data[i] = array != NULL ? PyArray_DATA((PyArrayObject *)array) : NULL;
-        if (array == NULL && PyErr_Occurred()) {
-            return -1;
-        }
-    }
-    *out = planes_of(data, rule);
-    return 0;
-}
-
-void
-ob_hold_planes(ob_call *call, PyObject *planes)
-{
-    PyObject *key = NULL, *array = NULL;
-    Py_ssize_t position = 0;
-    while (PyDict_Next(planes, &position, &key, &array)) {
-        ob_hold_array(call, (PyArrayObject *)array, PyUnicode_AsUTF8(key), 1);
-    }
-}
-
-int
-ob_take_planes(ob_call *call, PyObject *planes, size_t *n, size_t *k, ob_planes *out)
-{
-    int has_momentum = 0;
-    if (!PyDict_Check(planes)) {
-        return ob_fail(call, PyExc_TypeError, "'planes' must be a dict of arrays, got %.80s",
-                       Py_TYPE(planes)->tp_name);
-    }
-    if (check_keys(call, planes, &has_momentum) < 0) {
-        return -1;
-    }
-    void *data[PLANES] = {NULL};
-    npy_intp rows = *n == SIZE_MAX ? OB_FREE : (npy_intp)*n;
-    npy_intp columns = *k == SIZE_MAX ? OB_FREE : (npy_intp)*k;
-    for (int i = 0; i < PLANES; i++) {
-        if (!has_momentum && (i == MOMENTUM || i == MOMENTUM_SCALE)) {
-            continue;
-        }
-        PyObject *item = PyDict_GetItemString(planes, plane_names[i]);
-        if (item == NULL) {
-            return ob_fail(call, PyExc_MemoryError, "'%s' could not be read", plane_names[i]);
-        }
-        if (i == CONTROL) {
-            data[i] = ob_take_control(call, item, plane_names[i], OB_WRITE);
-        }
-        else {
-            int type = 0;
-            ob_view *view =
-                ob_take_array(call, item, plane_names[i], plane_spec(i, rows, columns, &type));
-            data[i] = view != NULL ? view->data : NULL;
-            if (view != NULL && i == ROW_FACTOR) {
-                rows = PyArray_DIM(view->array, 0);
-            }
-            if (view != NULL && i == COL_FACTOR) {
-                columns = PyArray_DIM(view->array, 0);
-            }
-        }
-        if (data[i] == NULL) {
-            return -1;
-        }
-    }
-    if (rows > OB_MAX_K || columns > OB_MAX_K) {
-        return ob_fail(call, PyExc_ValueError, "'planes' must be of at most %u rows and columns",
-                       OB_MAX_K);
-    }
-    *n = (size_t)rows;
-    *k = (size_t)columns;
-    *out = planes_of(data, ob_find_rule(8, has_momentum ? 4 : 0));
-    return 0;
-}
-
-PyObject *
-ob_new_planes(size_t n, size_t k, ob_rule rule, const ob_control_init *init)
-{
-    PyObject *planes = PyDict_New();
-    for (int i = 0; planes != NULL && i < PLANES; i++) {
-        if (ob_rule_momentum_bits(rule) == 0 && (i == MOMENTUM || i == MOMENTUM_SCALE)) {
-            continue;
-        }
-        PyArrayObject *array = NULL;
-        if (i == CONTROL) {
-            array = ob_new_control(init);
-        }
-        else {
-            int type = 0;
-            ob_spec spec = plane_spec(i, (npy_intp)n, (npy_intp)k, &type);
-            array = ob_new_typed(type, spec.ndim, spec.dims, 1);
-        }
-        if (array == NULL || PyDict_SetItemString(planes, plane_names[i], (PyObject *)array) < 0) {
-            Py_CLEAR(planes);
-        }
-        Py_XDECREF(array);
-    }
-    return planes;
 }

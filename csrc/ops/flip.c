@@ -50,10 +50,12 @@ flip_rows(void *arg, size_t task, size_t thread)
 }
 
 size_t
-ob_active_rows(size_t n, const double *control)
+ob_active_rows(size_t n, size_t stripes, size_t stripe)
 {
-    size_t stripes = ob_stripes(control), first = stripes > 1 ? (size_t)control[OB_CTL_STRIPE] : 0;
-    return n > first ? OB_CEIL_DIV(n - first, stripes) : 0;
+    if (stripes < 2) {
+        return n;
+    }
+    return n > stripe ? OB_CEIL_DIV(n - stripe, stripes) : 0;
 }
 
 static void
@@ -100,7 +102,7 @@ update_guard(double *control, uint64_t moved, double numel)
 void
 ob_discard(size_t n, size_t k, ob_planes *planes)
 {
-    size_t rows = ob_active_rows(n, planes->control);
+    size_t rows = ob_plane_rows(n, planes);
     memset(planes->row_sum, 0, rows * sizeof(float));
     memset(planes->sketch, 0, rows * sizeof(float));
     memset(planes->col_sum, 0, k * sizeof(float));
@@ -112,7 +114,7 @@ ob_status
 ob_flip(size_t n, size_t k, uint8_t *packed, ob_planes *planes, uint64_t *moved)
 {
     double *control = planes->control;
-    size_t rows = ob_active_rows(n, control);
+    size_t rows = ob_plane_rows(n, planes);
     *moved = 0;
     if (!(control[OB_CTL_MICRO] > 0)) {
         return OB_OK;
@@ -122,8 +124,8 @@ ob_flip(size_t n, size_t k, uint8_t *packed, ob_planes *planes, uint64_t *moved)
         flip_call f = {.kernels = ob_kernels_active(),
                        .rows = rows,
                        .k = k,
-                       .first = ob_stripes(control) > 1 ? (size_t)control[OB_CTL_STRIPE] : 0,
-                       .stride = ob_stripes(control),
+                       .first = ob_first_row(planes),
+                       .stride = ob_row_stride(planes),
                        .packed = packed,
                        .planes = planes,
                        .key = ob_control_key(control, 0.0, OB_STREAM_MOMENTUM_STEP),

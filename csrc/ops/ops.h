@@ -21,11 +21,13 @@ ob_check_weights(const ob_weights *w)
     return w->scale_len == 1 || w->scale_len == w->n ? OB_OK : OB_INVALID;
 }
 
+/* Steps are counted anew in each stripe, which draws its own numbers. */
 OB_INLINE uint64_t
 ob_control_key(const double *control, double micro, enum ob_stream stream)
 {
-    return ob_rng_key((uint64_t)control[OB_CTL_SEED], (uint64_t)control[OB_CTL_LAYER],
-                      (uint64_t)control[OB_CTL_STEP], (uint64_t)micro, stream);
+    uint64_t step = (uint64_t)control[OB_CTL_STEP] + ((uint64_t)control[OB_CTL_STRIPE] << 32);
+    return ob_rng_key((uint64_t)control[OB_CTL_SEED], (uint64_t)control[OB_CTL_LAYER], step,
+                      (uint64_t)micro, stream);
 }
 
 /* -units * eta * guard: a vote of 1 in units of the residual */
@@ -36,10 +38,23 @@ ob_control_step(ob_rule rule, const double *control)
            (float)control[OB_CTL_GUARD];
 }
 
+/* Row i of the planes is output ob_first_row + ob_row_stride * i. */
 OB_INLINE size_t
-ob_stripes(const double *control)
+ob_row_stride(const ob_planes *planes)
 {
-    return control[OB_CTL_STRIPES] > 1 ? (size_t)control[OB_CTL_STRIPES] : 1;
+    return planes->stripes > 1 ? planes->stripes : 1;
+}
+
+OB_INLINE size_t
+ob_first_row(const ob_planes *planes)
+{
+    return planes->stripes > 1 ? planes->stripe : 0;
+}
+
+OB_INLINE size_t
+ob_plane_rows(size_t n, const ob_planes *planes)
+{
+    return ob_active_rows(n, planes->stripes, planes->stripe);
 }
 
 #endif

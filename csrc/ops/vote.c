@@ -1,4 +1,4 @@
-/* vote.c - the weight side of the backward: quantise dY by output column, multiply by 64-column strips, vote.
+/* vote.c - the weight side of the backward: multiply by 64-column strips, vote (vote_outputs.c has quantised dY).
  *
  * A task is one strip of input columns times one block of rows, which it walks in order. Column sums are kept per block
  * and row sums per strip, and added in order afterwards, so no result depends on the threads. */
@@ -11,104 +11,9 @@
 #include "../base/pool.h"
 #include "../kernels/kernel.h"
 #include "ops.h"
+#include "vote.h"
 
 enum { ROW_BLOCK = 256 };
-
-typedef struct vote_call {
-    const ob_kernels *kernels;
-    const ob_weights *w;
-    ob_planes *planes; /* NULL: only ds and db */
-    const double *control;
-    ob_dtype dt;
-    size_t strips, blocks, threads, m_padded;
-    size_t rows, first, stride; /* outputs that own planes: first + stride * i */
-    uint64_t moved;             /* by votes */
-    /* this chunk of tokens */
-    size_t m, micro;
-    const char *dy;
-    const int8_t *xq;
-    const float *sx;
-    uint64_t key;
-    int nonfinite;
-    /* scratch */
-    float *h_scale, *s, *a;         /* (rows,) */
-    float *c;                       /* (strips, 64) */
-    float *bias_sum;                /* (N,) */
-    int32_t *h_sum;                 /* (rows,) */
-    uint32_t *sign;                 /* (strips, 64) */
-    ob_rng_row *rng;                /* (rows,) */
-    int8_t *hq;                     /* (rows, m_padded) */
-    uint8_t *panels;                /* (threads, 64 * m_padded) */
-    char *gathered;                 /* (threads, M, 64) of dY: rows that are not contiguous */
-    float *col_square;              /* (blocks, strips, 64) */
-    float *row_square, *row_sketch; /* (strips, rows) */
-    int64_t *row_code;              /* (threads, rows) */
-} vote_call;
-
-/* Columns first + stride * i of dY for the 64 rows from i0, side by side; where they are already, nothing is copied. */
-static const char *
-gather_columns(vote_call *v, size_t i0, size_t columns, size_t thread, size_t *ld)
-{
-    size_t bytes = ob_dtype_bytes(v->dt);
-    *ld = v->w->n;
-    if (v->stride == 1) {
-        return v->dy + i0 * bytes;
-    }
-    char *out = v->gathered + thread * v->m * OB_STRIP * bytes;
-    *ld = OB_STRIP;
-    for (size_t t = 0; t < v->m; t++) {
-        const char *in = v->dy + (t * v->w->n + v->first + v->stride * i0) * bytes;
-        for (size_t j = 0; j < columns; j++) {
-            memcpy(out + (t * OB_STRIP + j) * bytes, in + v->stride * j * bytes, bytes);
-        }
-    }
-    return out;
-}
-
-/* Absmax of 64 output columns; a finite strip is quantised while its dY is in cache. */
-static void
-quantize_outputs(void *arg, size_t task, size_t thread)
-{
-    vote_call *v = arg;
-    size_t i0 = task * OB_STRIP, columns = OB_MIN(v->rows - i0, (size_t)OB_STRIP), ld;
-    const char *dy = gather_columns(v, i0, columns, thread, &ld);
-    uint32_t absmax[OB_STRIP];
-    float sum[OB_STRIP], inverse[OB_STRIP];
-    ob_rng_row rng[OB_STRIP];
-    int bad = 0;
-    v->kernels->column_absmax(v->dt, v->m, columns, dy, ld, v->sx, absmax, sum);
-    for (size_t j = 0; j < columns; j++) {
-        size_t n = v->first + v->stride * (i0 + j);
-        float top;
-        memcpy(&top, absmax + j, sizeof top);
-        bad |= absmax[j] >= 0x7F800000u;
-        inverse[j] = top < OB_TINY ? 0.0f : 127.0f / top;
-        v->h_scale[i0 + j] = top < OB_TINY ? 0.0f : top / 127.0f;
-        v->bias_sum[n] = sum[j];
-        rng[j] = ob_rng_at_row(v->key, n);
-    }
-    if (bad) {
-        __atomic_store_n(&v->nonfinite, 1, __ATOMIC_RELAXED);
-    }
-    else {
-        v->kernels->quantize_columns_sr(v->dt, v->m, columns, dy, ld, v->sx, inverse, rng,
-                                        v->hq + i0 * v->m_padded, v->m_padded, v->h_sum + i0);
-    }
-}
-
-/* The bias has every row, also when only a stripe of them is in training. */
-static void
-sum_bias(void *arg, size_t task, size_t thread)
-{
-    vote_call *v = arg;
-    size_t n0 = task * OB_STRIP, columns = OB_MIN(v->w->n - n0, (size_t)OB_STRIP);
-    uint32_t absmax[OB_STRIP];
-    float sum[OB_STRIP];
-    (void)thread;
-    v->kernels->column_absmax(v->dt, v->m, columns, v->dy + n0 * ob_dtype_bytes(v->dt), v->w->n,
-                              v->sx, absmax, sum);
-    memcpy(v->bias_sum + n0, sum, columns * sizeof *sum);
-}
 
 static void
 vote_strip(void *arg, size_t task, size_t thread)
@@ -267,9 +172,6 @@ vote_chunk(vote_call *v, float *ds, float *db)
     if (v->planes) {
         collect_sums(v);
     }
-    if (db && v->stride > 1) {
-        ob_parallel(OB_CEIL_DIV(n_count, (size_t)OB_STRIP), sum_bias, v);
-    }
     if (db) {
         for (size_t n = 0; n < n_count; n++) {
             db[n] += v->bias_sum[n];
@@ -334,7 +236,7 @@ load_chunk(vote_call *v, size_t chunk, size_t m, const char *dy, const int8_t *x
     v->sx = sx + first;
     v->micro = (size_t)v->control[OB_CTL_MICRO] + (v->planes ? 0 : chunk);
     v->key = ob_control_key(v->control, (double)v->micro, OB_STREAM_WEIGHT_GRAD);
-    ob_parallel_on(v->threads, OB_CEIL_DIV(v->rows, (size_t)OB_STRIP), quantize_outputs, v);
+    ob_vote_quantize(v);
     return !v->nonfinite;
 }
 
@@ -377,10 +279,10 @@ ob_vote(const ob_weights *w, size_t m, ob_dtype dt, const void *dy, const int8_t
                    .threads = ob_num_threads(),
                    .rows = w->n,
                    .stride = 1};
-    if (planes && ob_stripes(planes->control) > 1) {
-        v.rows = ob_active_rows(w->n, planes->control);
-        v.first = (size_t)planes->control[OB_CTL_STRIPE];
-        v.stride = ob_stripes(planes->control);
+    if (planes) {
+        v.rows = ob_plane_rows(w->n, planes);
+        v.first = ob_first_row(planes);
+        v.stride = ob_row_stride(planes);
     }
     v.blocks = OB_CEIL_DIV(v.rows, (size_t)ROW_BLOCK);
     void *scratch = take_scratch(&v, OB_MIN(m, (size_t)OB_TOKENS_PER_VOTE));

@@ -88,22 +88,33 @@ ob_ref_set_code(uint8_t *packed, size_t inputs, size_t n, size_t k, int code)
     *byte = (uint8_t)((*byte & ~(3u << shift)) | (unsigned)(code + 1) << shift);
 }
 
-/* One column of the momentum plane: two's complement nibbles in blocks of 64 columns (32 bytes), byte j holds column j
- * low and column j + 32 high. */
-OB_INLINE int
-ob_ref_nibble(const uint8_t *row, size_t k)
+/* Field k of a row of signed fields of 2, 4 or 8 bits, in blocks of 64 columns of 8 * bits bytes: field j of a block lies
+ * in byte j modulo that, the lowest bits first. */
+OB_INLINE uint8_t *
+ob_ref_field_byte(uint8_t *row, int bits, size_t k)
 {
-    unsigned byte = row[k / 64 * 32 + k % 32];
-    int nibble = (int)(k % 64 < 32 ? byte & 15u : byte >> 4);
-    return nibble < 8 ? nibble : nibble - 16;
+    return row + k / 64 * 8 * (size_t)bits + k % 64 % (8 * (size_t)bits);
+}
+
+OB_INLINE unsigned
+ob_ref_field_shift(int bits, size_t k)
+{
+    return (unsigned)bits * (unsigned)(k % 64 / (8 * (size_t)bits));
+}
+
+OB_INLINE int
+ob_ref_field(uint8_t *row, int bits, size_t k)
+{
+    int field = *ob_ref_field_byte(row, bits, k) >> ob_ref_field_shift(bits, k) & ((1 << bits) - 1);
+    return field < 1 << (bits - 1) ? field : field - (1 << bits);
 }
 
 OB_INLINE void
-ob_ref_set_nibble(uint8_t *row, size_t k, int code)
+ob_ref_set_field(uint8_t *row, int bits, size_t k, int value)
 {
-    uint8_t *byte = &row[k / 64 * 32 + k % 32];
-    unsigned nibble = (unsigned)code & 15u;
-    *byte = (uint8_t)(k % 64 < 32 ? (*byte & 0xF0u) | nibble : (*byte & 0x0Fu) | nibble << 4);
+    uint8_t *byte = ob_ref_field_byte(row, bits, k);
+    unsigned shift = ob_ref_field_shift(bits, k), mask = ((1u << bits) - 1) << shift;
+    *byte = (uint8_t)((*byte & ~mask) | ((unsigned)value << shift & mask));
 }
 
 OB_INLINE float
@@ -126,19 +137,36 @@ ob_ref_round(float v, ob_rng_row row, size_t column, float limit)
     return (int)fmaxf(-limit, fminf(limit, q));
 }
 
-/* The random rows of one stream of a layer at control's (seed, layer, step). */
+/* The random rows of one stream of a layer at control's (seed, layer, step); each stripe draws its own. */
 OB_INLINE uint64_t
 ob_ref_key(const double *control, uint64_t micro, enum ob_stream stream)
 {
-    return ob_rng_key((uint64_t)control[OB_CTL_SEED], (uint64_t)control[OB_CTL_LAYER],
-                      (uint64_t)control[OB_CTL_STEP], micro, stream);
+    uint64_t step = (uint64_t)control[OB_CTL_STEP] + ((uint64_t)control[OB_CTL_STRIPE] << 32);
+    return ob_rng_key((uint64_t)control[OB_CTL_SEED], (uint64_t)control[OB_CTL_LAYER], step, micro,
+                      stream);
 }
 
-/* -128 * eta * guard: residual units per unit of vote */
-OB_INLINE float
-ob_ref_step(const double *control)
+/* Block-cyclic training: the output of row i of the planes, and how many rows there are; NULL: all rows */
+OB_INLINE size_t
+ob_ref_stride(const ob_planes *planes)
 {
-    return (-128.0f * (float)control[OB_CTL_ETA]) * (float)control[OB_CTL_GUARD];
+    return planes == NULL || planes->stripes < 2 ? 1 : planes->stripes;
+}
+
+OB_INLINE size_t
+ob_ref_output(const ob_planes *planes, size_t i)
+{
+    return ob_ref_stride(planes) == 1 ? i : planes->stripe + i * planes->stripes;
+}
+
+OB_INLINE size_t
+ob_ref_rows(const ob_planes *planes, size_t outputs)
+{
+    size_t rows = 0;
+    while (ob_ref_output(planes, rows) < outputs) {
+        rows++;
+    }
+    return rows;
 }
 
 OB_INLINE ob_status
@@ -149,5 +177,12 @@ ob_ref_check(const ob_weights *w)
     }
     return w->scale_len == 1 || w->scale_len == w->n ? OB_OK : OB_INVALID;
 }
+
+/* reference_rules.c.  The residual of input k in row i of the planes; a vote of size u on it, by stochastic rounding at
+ * column k of `random`; what a step does to it then.  The latter two return 1 if T[n][k] changed. */
+int ob_ref_residual(const ob_planes *planes, size_t inputs, size_t i, size_t k);
+int ob_ref_apply(ob_planes *planes, uint8_t *packed, size_t inputs, size_t i, size_t k, float u,
+                 ob_rng_row random);
+int ob_ref_step(ob_planes *planes, uint8_t *packed, size_t inputs, size_t i, size_t k);
 
 #endif

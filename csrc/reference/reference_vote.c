@@ -125,72 +125,80 @@ gradient(const micro_batch *b, size_t n, size_t k)
     return ((float)b->acc[n * b->w->k + k] * b->h_scale[n]) * unscaled(b, n);
 }
 
-/* row_sum (N,) += mean_k g^2, col_sum (K,) += mean_n g^2, sketch (N,) += sum_k t_k g, and the sketch's energy */
+/* col_sum[k] += mean over the rows in training of g^2, which are summed in blocks of 256 */
+static void
+measure_column(const micro_batch *b, size_t k, ob_planes *planes)
+{
+    size_t rows = ob_ref_rows(planes, b->w->n);
+    float total = 0.0f;
+    for (size_t first = 0; first < rows; first += 256) {
+        float block = 0.0f;
+        for (size_t i = first; i < rows && i < first + 256; i++) {
+            float g = gradient(b, ob_ref_output(planes, i), k);
+            block += g * g;
+        }
+        total = first == 0 ? block : total + block;
+    }
+    planes->col_sum[k] += mean(total, rows);
+}
+
+/* row_sum (N',) += mean_k g^2, col_sum (K,) += mean_n g^2, sketch (N',) += sum_k t_k g, and the sketch's energy */
 static void
 measure(const micro_batch *b, ob_planes *planes, float *row)
 {
-    size_t outputs = b->w->n, inputs = b->w->k;
+    size_t rows = ob_ref_rows(planes, b->w->n), inputs = b->w->k;
     ob_rng_row signs = ob_rng_at_row(ob_ref_key(b->control, 0, OB_STREAM_SKETCH), 0);
     double energy = 0.0;
-    for (size_t n = 0; n < outputs; n++) {
+    for (size_t i = 0; i < rows; i++) {
+        size_t n = ob_ref_output(planes, i);
         for (size_t k = 0; k < inputs; k++) {
             row[k] = gradient(b, n, k) * gradient(b, n, k);
         }
-        planes->row_sum[n] += mean(sum_row(inputs, row), inputs);
+        planes->row_sum[i] += mean(sum_row(inputs, row), inputs);
         for (size_t k = 0; k < inputs; k++) {
             float g = gradient(b, n, k);
             row[k] = ob_rng_draw(signs, (uint32_t)k) >> 31 ? -g : g;
         }
         float z = sum_row(inputs, row);
-        planes->sketch[n] += z;
+        planes->sketch[i] += z;
         energy += (double)z * (double)z;
     }
     planes->control[OB_CTL_SKETCH_ENERGY] += energy;
     for (size_t k = 0; k < inputs; k++) {
-        float sum = 0.0f;
-        for (size_t n = 0; n < outputs; n++) {
-            sum += gradient(b, n, k) * gradient(b, n, k);
-        }
-        planes->col_sum[k] += mean(sum, outputs);
+        measure_column(b, k, planes);
     }
 }
 
-/* ds (1,) or (N,) += sum_k T_nk dW_nk; db (N,) += sum_m dy_mn */
+/* ds (1,) or (N,) += sum_k T_nk dW_nk over every `stride`-th row from `first`, a tensor's times stride */
 static void
-differentiate(const micro_batch *b, float *ds, float *db)
+differentiate_scale(const micro_batch *b, size_t first, size_t stride, float *ds)
 {
     double tensor = 0.0;
-    for (size_t n = 0; n < b->w->n; n++) {
+    for (size_t n = first; n < b->w->n; n += stride) {
         int64_t d = 0;
         for (size_t k = 0; k < b->w->k; k++) {
             d += (int64_t)ob_ref_code(b->w->packed, b->w->k, n, k) * b->acc[n * b->w->k + k];
         }
         tensor += (double)d * (double)b->h_scale[n];
-        if (ds != NULL && b->w->scale_len != 1) {
+        if (b->w->scale_len != 1) {
             ds[n] += (float)d * b->h_scale[n];
         }
+    }
+    if (b->w->scale_len == 1) {
+        ds[0] += (float)(tensor * (double)stride);
+    }
+}
+
+/* db (N,) += sum_m dy_mn */
+static void
+differentiate_bias(const micro_batch *b, float *db)
+{
+    for (size_t n = 0; n < b->w->n; n++) {
         float sum = 0.0f;
         for (size_t m = 0; m < b->tokens; m++) {
             sum += ob_ref_load(b->dt, b->dy, (b->first + m) * b->w->n + n);
         }
-        if (db != NULL) {
-            db[n] += sum;
-        }
-    }
-    if (ds != NULL && b->w->scale_len == 1) {
-        ds[0] += (float)tensor;
-    }
-}
-
-/* Votes of row n into the residual. */
-static void
-vote_residual(size_t inputs, const float *u, const micro_batch *b, size_t n, ob_planes *planes)
-{
-    ob_rng_row random = ob_rng_at_row(ob_ref_key(b->control, b->micro, OB_STREAM_VOTE), n);
-    int8_t *e = planes->residual + n * inputs;
-    for (size_t k = 0; k < inputs; k++) {
-        int move = ob_ref_round(u[k] * ob_ref_step(b->control), random, k, 127.0f);
-        e[k] = (int8_t)ob_ref_clamp(e[k] + move, 127);
+        db[n] += sum;
     }
 }
 
@@ -201,45 +209,61 @@ bf16_up(float a)
     return (uint16_t)((ob_ref_bits(a) + 0xFFFFu) >> 16);
 }
 
-/* Votes of row n into the momentum, block by block of 64 columns. */
+/* Votes of row i into the momentum, block by block of 64 columns. */
 static void
-vote_momentum(size_t inputs, const float *u, const micro_batch *b, size_t n, ob_planes *planes)
+vote_momentum(size_t inputs, const float *u, const micro_batch *b, size_t i, ob_planes *planes)
 {
-    ob_rng_row random = ob_rng_at_row(ob_ref_key(b->control, b->micro, OB_STREAM_MOMENTUM), n);
+    uint64_t key = ob_ref_key(b->control, b->micro, OB_STREAM_MOMENTUM);
+    ob_rng_row random = ob_rng_at_row(key, ob_ref_output(planes, i));
     float beta1 = b->micro == 0 ? (float)b->control[OB_CTL_BETA1] : 1.0f;
     float share = (float)(1.0 - b->control[OB_CTL_BETA1]);
+    int bits = ob_rule_momentum_bits(planes->rule);
+    float top = bits == 8 ? 127.0f : 7.0f;
     size_t blocks = OB_CEIL_DIV(inputs, 64);
-    uint8_t *codes = planes->momentum + n * blocks * 32;
+    uint8_t *codes = planes->momentum + i * blocks * 8 * (size_t)bits;
     for (size_t block = 0; block < blocks; block++) {
-        uint16_t *scale = &planes->momentum_scale[n * blocks + block];
+        uint16_t *scale = &planes->momentum_scale[i * blocks + block];
         float s = ob_ref_load(OB_BF16, scale, 0), m[64], a = 0.0f;
         size_t first = block * 64, count = OB_MIN(inputs - first, (size_t)64);
         for (size_t j = 0; j < count; j++) {
-            float old = (float)ob_ref_nibble(codes, first + j) * s;
+            float old = (float)ob_ref_field(codes, bits, first + j) * s;
             m[j] = beta1 * old + share * u[first + j];
             a = fmaxf(a, fabsf(m[j]));
         }
-        *scale = a < OB_REF_TINY ? 0 : bf16_up(a / 7.0f);
+        *scale = a < OB_REF_TINY ? 0 : bf16_up(a / top);
         float inverse = 1.0f / ob_ref_load(OB_BF16, scale, 0);
         for (size_t j = 0; j < count; j++) {
-            int code = a < OB_REF_TINY ? 0 : ob_ref_round(m[j] * inverse, random, first + j, 7.0f);
-            ob_ref_set_nibble(codes, first + j, code);
+            int code = a < OB_REF_TINY ? 0 : ob_ref_round(m[j] * inverse, random, first + j, top);
+            ob_ref_set_field(codes, bits, first + j, code);
         }
+    }
+}
+
+/* Votes of row i into the residual, and into the codes where the rule moves them at once. */
+static void
+vote_residual(size_t inputs, const float *u, const micro_batch *b, size_t i, ob_planes *planes)
+{
+    uint64_t key = ob_ref_key(b->control, b->micro, OB_STREAM_VOTE);
+    ob_rng_row random = ob_rng_at_row(key, ob_ref_output(planes, i));
+    for (size_t k = 0; k < inputs; k++) {
+        planes->control[OB_CTL_VOTE_MOVED] +=
+            ob_ref_apply(planes, planes->codes, inputs, i, k, u[k], random);
     }
 }
 
 static void
 cast_votes(const micro_batch *b, ob_planes *planes, float *u)
 {
-    size_t outputs = b->w->n, inputs = b->w->k;
+    size_t rows = ob_ref_rows(planes, b->w->n), inputs = b->w->k;
     double sum = 0.0;
-    for (size_t n = 0; n < outputs; n++) {
-        sum += (double)planes->row_factor[n];
+    for (size_t i = 0; i < rows; i++) {
+        sum += (double)planes->row_factor[i];
     }
-    float average = (float)(sum / (double)outputs);
+    float average = (float)(sum / (double)rows);
     float clip = (float)b->control[OB_CTL_CLIP];
-    for (size_t n = 0; n < outputs; n++) {
-        float q = planes->row_factor[n] / average;
+    for (size_t i = 0; i < rows; i++) {
+        size_t n = ob_ref_output(planes, i);
+        float q = planes->row_factor[i] / average;
         float a = q > 0.0f ? (b->h_scale[n] * unscaled(b, n)) / sqrtf(q) : 0.0f;
         for (size_t k = 0; k < inputs; k++) {
             float col = planes->col_factor[k];
@@ -248,10 +272,10 @@ cast_votes(const micro_batch *b, ob_planes *planes, float *u)
             u[k] = isnan(v) ? 0.0f : fmaxf(-clip, fminf(clip, v));
         }
         if (ob_rule_momentum_bits(planes->rule) > 0) {
-            vote_momentum(inputs, u, b, n, planes);
+            vote_momentum(inputs, u, b, i, planes);
         }
         else {
-            vote_residual(inputs, u, b, n, planes);
+            vote_residual(inputs, u, b, i, planes);
         }
     }
 }
@@ -311,7 +335,12 @@ ob_reference_vote(const ob_weights *w, size_t m_count, ob_dtype dt, const void *
         b.sx = sx + m;
         quantize_outputs(&b);
         multiply(&b);
-        differentiate(&b, ds, db);
+        if (ds != NULL) {
+            differentiate_scale(&b, ob_ref_output(planes, 0), ob_ref_stride(planes), ds);
+        }
+        if (db != NULL) {
+            differentiate_bias(&b, db);
+        }
         if (planes != NULL) {
             measure(&b, planes, row);
             if (state[OB_CTL_STEP] > 0) {

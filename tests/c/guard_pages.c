@@ -20,6 +20,7 @@ typedef struct shape {
     ob_dtype dt;
     int row_scale, bias;
     ob_rule rule;
+    size_t stripes;
 } shape;
 
 static shape now; /* for the report of a fault */
@@ -31,10 +32,11 @@ static void
 report(const char *what)
 {
     fprintf(stderr,
-            "%s in %s, isa %s, buffers flush at their %s: M=%zu N=%zu K=%zu %s%s%s rule %s\n", what,
-            operation, ob_isa_name(ob_isa_active()), guard_at_end ? "end" : "beginning", now.m,
-            now.n, now.k, now.dt == OB_BF16 ? "bf16" : "f32", now.row_scale ? " row scales" : "",
-            now.bias ? " bias" : "", ob_rule_name(now.rule));
+            "%s in %s, isa %s, buffers flush at their %s: M=%zu N=%zu K=%zu %s%s%s rule %s/%zu\n",
+            what, operation, ob_isa_name(ob_isa_active()), guard_at_end ? "end" : "beginning",
+            now.m, now.n, now.k, now.dt == OB_BF16 ? "bf16" : "f32",
+            now.row_scale ? " row scales" : "", now.bias ? " bias" : "", ob_rule_name(now.rule),
+            now.stripes);
 }
 
 static void
@@ -143,20 +145,28 @@ check_formats(uint64_t *hash, size_t n, size_t k)
     return packed[OB_FORMAT_tile16];
 }
 
-static ob_planes
-new_planes(const shape *s)
+static size_t
+plane_rows(const shape *s, const ob_planes *p)
 {
-    size_t strips = (s->k + 63) / 64;
-    ob_planes p = {.rule = s->rule};
+    return ob_active_rows(s->n, p->stripes, p->stripe);
+}
+
+static ob_planes
+new_planes(const shape *s, uint8_t *packed)
+{
+    ob_planes p = {.rule = s->rule, .stripes = s->stripes, .stripe = s->stripes / 2};
+    size_t strips = (s->k + 63) / 64, rows = plane_rows(s, &p);
     int momentum = ob_rule_momentum_bits(s->rule) > 0;
-    p.residual = zeros(s->n * s->k, 1);
-    p.momentum = momentum ? zeros(s->n * strips * 32, 1) : NULL;
-    p.momentum_scale = momentum ? zeros(s->n * strips * 2, 2) : NULL;
-    p.row_factor = filled(s->n, 0);
+    size_t bytes = ob_rule_residual_row_bytes(s->rule, s->k);
+    p.codes = ob_rule_moves_in_vote(s->rule) ? packed : NULL;
+    p.residual = bytes ? zeros(rows * bytes, s->rule == OB_RULE_residual16 ? 2 : 1) : NULL;
+    p.momentum = momentum ? zeros(rows * ob_rule_momentum_row_bytes(s->rule, s->k), 1) : NULL;
+    p.momentum_scale = momentum ? zeros(rows * strips * 2, 2) : NULL;
+    p.row_factor = filled(rows, 0);
     p.col_factor = filled(s->k, 0);
-    p.row_sum = filled(s->n, 0);
+    p.row_sum = filled(rows, 0);
     p.col_sum = filled(s->k, 0);
-    p.sketch = filled(s->n, 0);
+    p.sketch = filled(rows, 0);
     p.control = zeros(OB_CONTROL_LEN * 8, 8);
     double *c = p.control;
     c[OB_CTL_SEED] = 12345;
@@ -168,21 +178,26 @@ new_planes(const shape *s)
     c[OB_CTL_BETA1] = 0.8;
     c[OB_CTL_BETA2] = 0.9;
     c[OB_CTL_GRAD_SCALE] = 4;
+    c[OB_CTL_RULE] = s->rule;
+    c[OB_CTL_STRIPES] = (double)p.stripes;
+    c[OB_CTL_STRIPE] = (double)p.stripe;
+    operation = "ob_start_residual";
+    ob_start_residual(s->n, s->k, packed, &p);
     return p;
 }
 
 static void
 absorb_planes(uint64_t *hash, const shape *s, ob_planes *p)
 {
-    size_t strips = (s->k + 63) / 64;
-    absorb(hash, p->residual, s->n * s->k);
-    absorb(hash, p->momentum, p->momentum ? s->n * strips * 32 : 0);
-    absorb(hash, p->momentum_scale, p->momentum ? s->n * strips * 2 : 0);
-    absorb(hash, p->row_factor, s->n * 4);
+    size_t strips = (s->k + 63) / 64, rows = plane_rows(s, p);
+    absorb(hash, p->residual, rows * ob_rule_residual_row_bytes(s->rule, s->k));
+    absorb(hash, p->momentum, rows * ob_rule_momentum_row_bytes(s->rule, s->k));
+    absorb(hash, p->momentum_scale, p->momentum ? rows * strips * 2 : 0);
+    absorb(hash, p->row_factor, rows * 4);
     absorb(hash, p->col_factor, s->k * 4);
-    absorb(hash, p->row_sum, s->n * 4);
+    absorb(hash, p->row_sum, rows * 4);
     absorb(hash, p->col_sum, s->k * 4);
-    absorb(hash, p->sketch, s->n * 4);
+    absorb(hash, p->sketch, rows * 4);
     absorb(hash, p->control, OB_CONTROL_LEN * 8);
 }
 
@@ -196,7 +211,7 @@ run_layer(const shape *s)
     uint8_t *packed = check_formats(&hash, s->n, s->k);
     float *scale = filled(scales, 0.37f), *bias = s->bias ? filled(s->n, 0.25f) : NULL;
     ob_weights w = {packed, s->n, s->k, scale, scales, bias};
-    ob_planes planes = new_planes(s);
+    ob_planes planes = new_planes(s, packed);
     void *x = random_floats(s->m * s->k, s->dt), *dy = random_floats(s->m * s->n, s->dt);
     void *y = guard_take(s->m * s->n * width, width), *dx = guard_take(s->m * s->k * width, width);
     size_t kept = s->m * ob_padded_k(s->k);
@@ -222,6 +237,8 @@ run_layer(const shape *s)
     call("vote", ob_vote(&w, s->m, s->dt, dy, xq, sx, NULL, planes.control, ds, db, &bad));
     operation = "ob_discard";
     ob_discard(s->n, s->k, &planes);
+    operation = "ob_saturated";
+    hash = (hash ^ ob_saturated(s->n, s->k, packed, &planes)) * 1099511628211u;
     operation = "ob_validate after the flips";
     call("validate", ob_validate(OB_FORMAT_tile16, s->n, s->k, packed));
 
@@ -283,7 +300,8 @@ run_grid(size_t every)
                               odd & 1 ? OB_BF16 : OB_F32,
                               odd >> 1 & 1 && n,
                               odd >> 2 & 1,
-                              (ob_rule)((odd >> 3) % OB_RULE_COUNT)};
+                              (ob_rule)((odd >> 3) % OB_RULE_COUNT),
+                              (odd >> 9) % 4};
                 ob_set_num_threads(shapes % 16 ? 1 : 3);
                 run_shape();
                 shapes++;

@@ -41,6 +41,7 @@ typedef struct problem {
     enum kind kind;
     ob_dtype dt;
     ob_rule rule;
+    size_t stripes;
     size_t micro; /* micro-batches per step */
     int row_scale, bias;
     /* made from the above */
@@ -166,6 +167,12 @@ free_problem(problem *p)
     }
 }
 
+static size_t
+plane_rows(const problem *p)
+{
+    return ob_active_rows(p->n, p->stripes, p->stripes / 2);
+}
+
 static outputs
 make_outputs(const problem *p)
 {
@@ -176,7 +183,7 @@ make_outputs(const problem *p)
         [OB_CTL_GRAD_SCALE] = 2,  [OB_CTL_SCALE_INIT] = 1, [OB_CTL_BETA1_POWER] = 1,
         [OB_CTL_BETA2_POWER] = 1,
     };
-    size_t momentum = ob_rule_momentum_bits(p->rule) ? p->n * p->strips : 0;
+    size_t rows = plane_rows(p), momentum = rows * ob_rule_momentum_row_bytes(p->rule, p->k);
     outputs o = {
         .y = zeros(p->m * p->n * 4),
         .dx = zeros(p->m * p->k * 4),
@@ -186,18 +193,23 @@ make_outputs(const problem *p)
         .xq = zeros(p->m * ob_padded_k(p->k)),
         .packed = zeros(p->plane_bytes),
         .planes = {.rule = p->rule,
-                   .residual = zeros(p->n * p->k),
-                   .momentum = momentum ? zeros(momentum * 32) : NULL,
-                   .momentum_scale = momentum ? zeros(momentum * 2) : NULL,
-                   .row_factor = zeros(p->n * 4),
+                   .stripes = p->stripes,
+                   .stripe = p->stripes / 2,
+                   .residual = zeros(rows * ob_rule_residual_row_bytes(p->rule, p->k)),
+                   .momentum = momentum ? zeros(momentum) : NULL,
+                   .momentum_scale = momentum ? zeros(rows * p->strips * 2) : NULL,
+                   .row_factor = zeros(rows * 4),
                    .col_factor = zeros(p->k * 4),
-                   .row_sum = zeros(p->n * 4),
+                   .row_sum = zeros(rows * 4),
                    .col_sum = zeros(p->k * 4),
-                   .sketch = zeros(p->n * 4),
+                   .sketch = zeros(rows * 4),
                    .control = zeros(sizeof control)},
     };
     memcpy(o.packed, p->packed, p->plane_bytes);
     memcpy(o.planes.control, control, sizeof control);
+    o.planes.control[OB_CTL_STRIPE] = (double)o.planes.stripe;
+    o.planes.codes = ob_rule_moves_in_vote(p->rule) ? o.packed : NULL;
+    ob_start_residual(p->n, p->k, o.packed, &o.planes);
     return o;
 }
 
@@ -213,7 +225,7 @@ static void
 list_fields(const problem *p, outputs *o, field *f)
 {
     const ob_planes *planes = &o->planes;
-    size_t width = p->dt == OB_BF16 ? 2 : 4, momentum = planes->momentum ? p->n * p->strips : 0;
+    size_t width = p->dt == OB_BF16 ? 2 : 4, rows = plane_rows(p);
     const field fields[FIELDS] = {
         {"y", o->y, p->m * p->n * width},
         {"dx", o->dx, p->m * p->k * width},
@@ -222,14 +234,14 @@ list_fields(const problem *p, outputs *o, field *f)
         {"db", o->db, p->n * 4},
         {"xq", o->xq, p->m * ob_padded_k(p->k)},
         {"codes", o->packed, p->plane_bytes},
-        {"residual", planes->residual, p->n * p->k},
-        {"momentum", planes->momentum, momentum * 32},
-        {"momentum scale", planes->momentum_scale, momentum * 2},
-        {"row factor", planes->row_factor, p->n * 4},
+        {"residual", planes->residual, rows * ob_rule_residual_row_bytes(p->rule, p->k)},
+        {"momentum", planes->momentum, rows * ob_rule_momentum_row_bytes(p->rule, p->k)},
+        {"momentum scale", planes->momentum_scale, planes->momentum ? rows * p->strips * 2 : 0},
+        {"row factor", planes->row_factor, rows * 4},
         {"column factor", planes->col_factor, p->k * 4},
-        {"row sum", planes->row_sum, p->n * 4},
+        {"row sum", planes->row_sum, rows * 4},
         {"column sum", planes->col_sum, p->k * 4},
-        {"sketch", planes->sketch, p->n * 4},
+        {"sketch", planes->sketch, rows * 4},
         {"control", planes->control, OB_CONTROL_LEN * sizeof(double)},
     };
     memcpy(f, fields, sizeof fields);
@@ -279,11 +291,12 @@ compare(const problem *p, outputs *want, outputs *got, size_t threads)
         compared += a[i].bytes;
         if (a[i].bytes && memcmp(a[i].data, b[i].data, a[i].bytes) != 0) {
             differences++;
-            fprintf(stderr,
-                    "%s differs: %s, %zu threads, M=%zu N=%zu K=%zu kind %d %s %s micro %zu%s%s\n",
-                    a[i].name, ob_isa_name(ob_isa_active()), threads, p->m, p->n, p->k, p->kind,
-                    p->dt == OB_BF16 ? "bf16" : "f32", ob_rule_name(p->rule), p->micro,
-                    p->row_scale ? " row scales" : "", p->bias ? " bias" : "");
+            fprintf(
+                stderr,
+                "%s differs: %s, %zu threads, M=%zu N=%zu K=%zu kind %d %s %s/%zu micro %zu%s%s\n",
+                a[i].name, ob_isa_name(ob_isa_active()), threads, p->m, p->n, p->k, p->kind,
+                p->dt == OB_BF16 ? "bf16" : "f32", ob_rule_name(p->rule), p->stripes, p->micro,
+                p->row_scale ? " row scales" : "", p->bias ? " bias" : "");
         }
     }
 }
@@ -343,6 +356,7 @@ main(int count, char **words)
                                  .kind = (enum kind)kind,
                                  .dt = (index / 3) % 2 ? OB_BF16 : OB_F32,
                                  .rule = (ob_rule)rule,
+                                 .stripes = index % 4 == 3 ? 3 : 1,
                                  .micro = 1 + 2 * (s % 2),
                                  .row_scale = (s + (size_t)rule) % 2 == 1,
                                  .bias = (s + (size_t)kind) % 2 == 1};

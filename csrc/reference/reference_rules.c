@@ -1,0 +1,89 @@
+/* reference_rules.c - every flip rule on one weight. */
+#include "reference.h"
+
+static uint8_t *
+residual_row(const ob_planes *planes, size_t inputs, size_t i)
+{
+    int bits = ob_rule_residual_bits(planes->rule);
+    size_t columns = bits < 8 ? OB_CEIL_DIV(inputs, 64) * 64 : inputs;
+    return (uint8_t *)planes->residual + i * (columns * (size_t)bits / 8);
+}
+
+int
+ob_ref_residual(const ob_planes *planes, size_t inputs, size_t i, size_t k)
+{
+    int bits = ob_rule_residual_bits(planes->rule);
+    if (bits == 0) {
+        return 0;
+    }
+    uint8_t *row = residual_row(planes, inputs, i);
+    return bits == 16 ? ((const int16_t *)row)[k] : ob_ref_field(row, bits, k);
+}
+
+static void
+set_residual(ob_planes *planes, size_t inputs, size_t i, size_t k, int e)
+{
+    int bits = ob_rule_residual_bits(planes->rule);
+    uint8_t *row = residual_row(planes, inputs, i);
+    if (bits == 16) {
+        ((int16_t *)row)[k] = (int16_t)e;
+    }
+    else if (bits > 0) {
+        ob_ref_set_field(row, bits, k, e);
+    }
+}
+
+/* -units * eta * guard: residual units per unit of vote */
+static float
+units_per_vote(const ob_planes *planes)
+{
+    float units = (float)ob_rule_units(planes->rule);
+    return (-units * (float)planes->control[OB_CTL_ETA]) * (float)planes->control[OB_CTL_GUARD];
+}
+
+/* Give T[n][k] the value `now`; 1 if it had another. */
+static int
+move_code(const ob_planes *planes, uint8_t *packed, size_t inputs, size_t i, size_t k, int now)
+{
+    size_t n = ob_ref_output(planes, i);
+    int before = ob_ref_code(packed, inputs, n, k);
+    ob_ref_set_code(packed, inputs, n, k, now);
+    return now != before;
+}
+
+int
+ob_ref_apply(ob_planes *planes, uint8_t *packed, size_t inputs, size_t i, size_t k, float u,
+             ob_rng_row random)
+{
+    int bits = ob_rule_residual_bits(planes->rule), units = ob_rule_units(planes->rule);
+    int limit = bits == 16 ? 16256 : 127, e = ob_ref_residual(planes, inputs, i, k);
+    int vote = ob_ref_round(u * units_per_vote(planes), random, k, (float)limit);
+    if (bits >= 8) {
+        set_residual(planes, inputs, i, k, ob_ref_clamp(e + vote, limit));
+        return 0;
+    }
+    /* code and residual are one number, units * T + e, which has one reading */
+    int half = (units - 1) / 2;
+    int t = ob_ref_code(packed, inputs, ob_ref_output(planes, i), k);
+    int sum = ob_ref_clamp(units * t + e + vote, units + half);
+    int now = sum > half ? 1 : sum < -half ? -1 : 0;
+    set_residual(planes, inputs, i, k, sum - units * now);
+    return move_code(planes, packed, inputs, i, k, now);
+}
+
+int
+ob_ref_step(ob_planes *planes, uint8_t *packed, size_t inputs, size_t i, size_t k)
+{
+    int cell = ob_rule_units(planes->rule), half = cell / 2;
+    int e = ob_ref_residual(planes, inputs, i, k);
+    if (ob_rule_residual_bits(planes->rule) < 8) {
+        return 0;
+    }
+    if (planes->rule == OB_RULE_byte) { /* code and residual are one number: its reading is due */
+        return move_code(planes, packed, inputs, i, k, e > half ? 1 : e < -half ? -1 : 0);
+    }
+    int t = ob_ref_code(packed, inputs, ob_ref_output(planes, i), k);
+    int up = e > half && t < 1, down = e < -half && t > -1;
+    set_residual(planes, inputs, i, k, up ? e - cell : down ? e + cell : ob_ref_clamp(e, half));
+    return move_code(planes, packed, inputs, i, k, t + up - down);
+}
