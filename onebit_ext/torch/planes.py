@@ -27,9 +27,9 @@ def choose_rule(recipe: str, residual_bits: int | None, momentum_bits: int | Non
     residual = residual if residual_bits is None else residual_bits
     momentum = momentum if momentum_bits is None else momentum_bits
     rule = f"residual{residual}" + (f"_momentum{momentum}" if momentum else "")
-    if rule not in _core.RULES:
+    if rule not in _core.RULES[:2]:
         raise ValueError(
-            f"no flip rule with residual_bits={residual}, momentum_bits={momentum}; there are {', '.join(_core.RULES)}"
+            f"no flip rule with residual_bits={residual}, momentum_bits={momentum}; there are {', '.join(_core.RULES[:2])}"
         )
     return rule
 
