@@ -27,9 +27,10 @@ def choose_rule(recipe: str, residual_bits: int | None, momentum_bits: int | Non
     residual = residual if residual_bits is None else residual_bits
     momentum = momentum if momentum_bits is None else momentum_bits
     rule = f"residual{residual}" + (f"_momentum{momentum}" if momentum else "")
-    if rule not in _core.RULES[:2]:
+    known = _core.RULES[:2]
+    if rule not in known:
         raise ValueError(
-            f"no flip rule with residual_bits={residual}, momentum_bits={momentum}; there are {', '.join(_core.RULES[:2])}"
+            f"no flip rule with residual_bits={residual}, momentum_bits={momentum}; there are {', '.join(known)}"
         )
     return rule
 

@@ -43,7 +43,10 @@ def cases() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             s = scale.clone().requires_grad_()
             found[f"linear-{name}"] = ops.linear, (xd, weight, s, bias, N, True, control(rule), planes(rule))
             if dtype == torch.float32:
-                found[f"linear-rows-{name}"] = ops.linear, (xd, weight, rows, None, N, True, control(rule), planes(rule))
+                found[f"linear-rows-{name}"] = (
+                    ops.linear,
+                    (xd, weight, rows, None, N, True, control(rule), planes(rule)),
+                )
             args = (dy.to(dtype), xq, sx, weight, scale, K, control(rule), planes(rule), dtype == torch.float32)
             found[f"vote-{name}"] = ops.vote, args
         if rule is not None:
