@@ -158,7 +158,8 @@ def make_trainer(
     with warnings.catch_warnings():  # of TRL's own use of a deprecated name
         warnings.simplefilter("ignore", FutureWarning)
         config = SFTConfig(
-            output_dir=f"{Path(args.out).absolute()}.checkpoints", max_length=length, packing=plain, eval_packing=plain,
+            output_dir=f"{Path(args.out).absolute()}.checkpoints", max_length=length, packing=plain,
+            packing_strategy="wrapped", eval_packing=plain,
             num_train_epochs=args.epochs, max_steps=args.steps or -1, per_device_train_batch_size=args.batch,
             per_device_eval_batch_size=args.batch, gradient_accumulation_steps=args.accumulate, warmup_steps=0.05,
             lr_scheduler_type="cosine", gradient_checkpointing=args.recompute, bf16=False, seed=args.seed, use_cpu=True,

@@ -78,8 +78,7 @@ def _check_ranks(layer: BitLinear, world: int) -> None:
     clip, wanted = control[CONTROL["clip"]], CLIP * math.sqrt(world)
     if world > 1 and ("momentum" in layer._planes or layer._planes["residual"].dtype not in (torch.int8, torch.int16)):
         raise RuntimeError(
-            f"{world} ranks: only rules with an integer residual and no momentum can be combined; use "
-            "recipe='finetune' with residual_bits=8 or 16"
+            f"{world} ranks: only rules with an integer residual and no momentum can be combined; use recipe='finetune'"
         )
     if clip == wanted:
         return
