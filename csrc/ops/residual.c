@@ -60,7 +60,7 @@ ob_start_residual(size_t n, size_t k, const uint8_t *packed, ob_planes *planes)
     /* micro 0 of this stream gives the starting codes of a layer */
     uint64_t key = ob_control_key(planes->control, 1.0, OB_STREAM_INIT);
     int bits = ob_rule_residual_bits(planes->rule);
-    for (size_t i = 0; bits > 0 && i < rows; i++) {
+    for (size_t i = 0; bits > 0 && k > 0 && i < rows; i++) {
         residual_row row = row_at(i, k, packed, planes);
         memset(row.residual, 0, ob_rule_residual_row_bytes(row.rule, k));
         if (bits < 8) {
