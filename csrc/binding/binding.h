@@ -36,6 +36,7 @@ extern PyMethodDef ob_linear_methods[];
 extern PyMethodDef ob_flip_methods[];
 extern PyMethodDef ob_runtime_methods[];
 extern PyMethodDef ob_limits_methods[];
+extern PyMethodDef ob_ranks_methods[];
 extern PyMethodDef ob_reference_methods[];
 
 extern PyType_Spec ob_ternary_linear_spec;

@@ -73,7 +73,7 @@ module_exec(PyObject *module)
         return -1;
     }
     PyMethodDef *const tables[] = {ob_formats_methods, ob_linear_methods, ob_flip_methods,
-                                   ob_runtime_methods, ob_limits_methods};
+                                   ob_runtime_methods, ob_limits_methods, ob_ranks_methods};
     for (size_t i = 0; i < sizeof tables / sizeof *tables; i++) {
         if (PyModule_AddFunctions(module, tables[i]) < 0) {
             return -1;

@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from onebit_ext import _core
+
 from . import ops, ranks
 from .guard import owned_layers
 from .nn import BitLinear
@@ -32,9 +34,7 @@ from .ranks import configure, independent, world_size
 
 __all__ = ["combine", "configure", "independent", "world_size"]
 
-COMBINE = 8  # random stream, after those of csrc/base/rng.h
 CLIP = 3.0
-BLOCK = 1 << 18  # weights averaged at a time
 SUMS = ("row_sum", "col_sum", "sketch")
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 COUNTS = ("nonfinite", "micro", "sketch_energy")
@@ -177,46 +177,11 @@ def _combine_residual(layer: BitLinear, world: int) -> None:
     raw = torch.uint8  # gloo moves bytes of any type, but knows no int16
     dist.all_to_all_single(received.view(raw), padded.view(raw), group=ranks.state.group)
     first = share * dist.get_rank(ranks.state.group)
-    mean = _mean(received.view(world, share), first, plane.shape[1], _control(layer))
+    mean = received.new_empty(share)
+    parts = ops.array(received.view(world, share))
+    _core.average_residuals(parts, first, plane.shape[1], _control(layer), out=ops.array(mean))
     _all_gather(padded.view(raw), mean.view(raw), group=ranks.state.group)
     plane.copy_(padded[: plane.numel()].view_as(plane))
-
-
-def _mean(parts: Tensor, first: int, columns: int, control: NDArray[np.float64]) -> Tensor:
-    """floor((sum + j) / ranks) over `parts` (ranks, share), whose weights begin at `first` of the flat plane."""
-    world, share = parts.shape
-    mean = torch.empty_like(parts[0])
-    for start in range(0, share, BLOCK):
-        block = parts[:, start : start + BLOCK]
-        total = block.sum(0, dtype=torch.int32).to(torch.int64).numpy()
-        position = np.arange(first + start, first + start + len(total))
-        j = (_draw(control, position // columns, position % columns).astype(np.int64) * world) >> 32
-        mean[start : start + BLOCK] = torch.from_numpy((total + j) // world)
-    return mean
-
-
-def _draw(control: NDArray[np.float64], rows: NDArray[Any], columns: NDArray[Any]) -> NDArray[np.uint32]:
-    """32 random bits per weight: base/rng.h at control's seed, layer and step, micro 0, stream COMBINE."""
-    stripes = max(1.0, control[CONTROL["stripes"]]) if "stripes" in CONTROL else 1.0
-    if stripes > 1:  # block-cyclic: row i of the plane is output stripe + stripes * i
-        rows = rows * int(stripes) + int(control[CONTROL["stripe"]])
-    u32 = np.uint32
-    with np.errstate(over="ignore"):
-        key = np.uint64(0)
-        for field in (*(int(control[CONTROL[name]]) for name in ("seed", "layer", "step")), 0, COMBINE):
-            key = _splitmix64(key ^ np.uint64(field))
-        words = _splitmix64(key + rows.astype(np.uint64))
-        x = columns.astype(u32) * u32(0x9E3779B9) + words.astype(u32)
-        x = ((x ^ (x >> u32(16))) * u32(0x7FEB352D)) ^ (words >> np.uint64(32)).astype(u32)
-        x = (x ^ (x >> u32(15))) * u32(0x846CA68B)
-    return x ^ (x >> u32(16))
-
-
-def _splitmix64(x: Any) -> Any:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def _control(layer: BitLinear) -> NDArray[np.float64]:
