@@ -86,7 +86,7 @@ class Row:
         self, text: str, ours: str, other: str, target: float | None = None, unit: str = "", **options: Any
     ) -> None:
         """Add a bar on the ratio `ours` / `other`, if both took part."""
-        if ours in self.alternation.contenders and other in self.alternation.contenders:
+        if ours in self.alternation.work and other in self.alternation.work:
             ratio = self.alternation.ratio(ours, other, unit or self.unit)
             self.bars.append(Bar(text, ratio, target, **options))
 

@@ -23,13 +23,13 @@ INK = "#222222"
 def roofline(rows: Sequence[Row], threads: int, path: Path) -> bool:
     """Forward products over multiply-adds per byte; False if the run had no GEMV, which measures the slope."""
     forward = [row for row in rows if row.threads == threads and row.name.startswith(("forward M=", "GEMV"))]
-    forward = [row for row in forward if "ours" in row.alternation.contenders]
-    gemv = [row for row in forward if READ in row.alternation.contenders]
+    forward = [row for row in forward if "ours" in row.alternation.work]
+    gemv = [row for row in forward if READ in row.alternation.work]
     if not gemv:
         return False
     figure, axes = plt.subplots(figsize=(8, 5.4), layout="constrained")
     read = max(rate for row in gemv for rate in row.alternation.rates(READ, "B"))  # a roof: the best that was seen
-    peaks = [max(row.alternation.rates(PEAK, "MAC")) for row in forward if PEAK in row.alternation.contenders]
+    peaks = [max(row.alternation.rates(PEAK, "MAC")) for row in forward if PEAK in row.alternation.work]
     top = max(peaks, default=float("inf"))
     intensity = sorted([2.0**-3, 2.0**11, min(top / read, 2.0**11)])
     axes.plot(intensity, [min(read * x, top) / 1e9 for x in intensity], color=INK, linewidth=1.2)
@@ -40,7 +40,7 @@ def roofline(rows: Sequence[Row], threads: int, path: Path) -> bool:
             f"int8 peak {top / 1e9:.0f} GMAC/s", (intensity[-1], top / 1e9), xytext=(0, 4), ha="right", **place
         )
     for name, colour in COLOURS.items():
-        points = sorted(_point(row, name) for row in forward if name in row.alternation.contenders)
+        points = sorted(_point(row, name) for row in forward if name in row.alternation.work)
         if points:
             axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=5, linestyle="none", label=name)
     axes.set(xscale="log", yscale="log", xlabel="multiply-adds per byte of weights, input and output", ylabel="GMAC/s")

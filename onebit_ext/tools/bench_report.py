@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def row_facts(row: Row) -> dict[str, Any]:
     """A Row as plain JSON types; times in seconds and ratios as [median, lower quartile, upper quartile]."""
     contenders = {
-        name: {"seconds": row.alternation.time(name).as_list(), "work": dict(contender.work)}
-        for name, contender in row.alternation.contenders.items()
+        name: {"seconds": row.alternation.time(name).as_list(), "work": dict(work)}
+        for name, work in row.alternation.work.items()
     }
     bars = [
         {

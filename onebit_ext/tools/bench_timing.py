@@ -57,12 +57,13 @@ class Alternation:
     ) -> None:
         if repetitions < MIN_REPETITIONS:
             raise ValueError(f"Alternation: 'repetitions' must be at least {MIN_REPETITIONS}, got {repetitions}")
-        self.contenders = {contender.name: contender for contender in contenders}
-        if len(self.contenders) != len(contenders):
+        # names and work only: the arrays that a contender ran on are freed with it
+        self.work = {contender.name: contender.work for contender in contenders}
+        if len(self.work) != len(contenders):
             raise ValueError("Alternation: two contenders have the same name")
         clock = clock or time.perf_counter
         counts = {contender.name: _batch_size(contender, batch, clock) for contender in contenders}
-        self.seconds: dict[str, list[float]] = {name: [] for name in self.contenders}  # of one run, turn by turn
+        self.seconds: dict[str, list[float]] = {name: [] for name in self.work}  # of one run, turn by turn
         order = list(contenders)
         for _ in range(repetitions):
             for contender in order:
@@ -76,7 +77,7 @@ class Alternation:
 
     def rates(self, name: str, unit: str) -> list[float]:
         """`unit` per second, turn by turn."""
-        work = self.contenders[name].work[unit]
+        work = self.work[name][unit]
         return [work / seconds for seconds in self.seconds[name]]
 
     def ratio(self, ours: str, other: str, unit: str = "MAC") -> Ratio:

@@ -194,7 +194,7 @@ def test_bars_and_their_targets(small: None) -> None:
     }
     for (setting, m), (limit, target) in targets.items():
         row = bench_ops.forward(setting, 96, 80, m)
-        if limit in row.alternation.contenders:
+        if limit in row.alternation.work:
             unit = "B" if limit == READ else "MAC"
             assert row.bars[0].target == target
             assert row.bars[0].value.median == row.alternation.ratio("ours", limit, unit).median
@@ -219,8 +219,8 @@ def test_the_flip_row_moves_its_share(small: None) -> None:
         row = bench_ops.flip(Setting(1, 7), 128, 256, 0.01)
     assert min(moved) == max(moved)  # every run starts from the same votes and codes
     assert 0.004 < moved[0] / (128 * 256) < 0.009  # a third of the 1 % is saturated
-    ours, limit = row.alternation.contenders["ours"], row.alternation.contenders[UPDATE]
-    assert ours.work == limit.work and ours.work["B"] % (128 * 256 * 5 // 4) == 0
+    ours, limit = row.alternation.work["ours"], row.alternation.work[UPDATE]
+    assert ours == limit and ours["B"] % (128 * 256 * 5 // 4) == 0
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
