@@ -34,7 +34,7 @@ def roofline(rows: Sequence[Row], threads: int, path: Path) -> bool:
     intensity = sorted([2.0**-3, 2.0**11, min(top / read, 2.0**11)])
     axes.plot(intensity, [min(read * x, top) / 1e9 for x in intensity], color=INK, linewidth=1.2)
     place: dict[str, Any] = {"color": INK, "textcoords": "offset points"}
-    axes.annotate(f"plain read {read / 1e9:.1f} GB/s", (0.2, read * 0.2 / 1e9), xytext=(10, -10), **place)
+    axes.annotate(f"plain read {read / 1e9:.1f} GB/s", (1.0, read / 1e9), xytext=(-8, 6), ha="right", **place)
     if peaks:
         axes.annotate(
             f"int8 peak {top / 1e9:.0f} GMAC/s", (intensity[-1], top / 1e9), xytext=(0, 4), ha="right", **place
