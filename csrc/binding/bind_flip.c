@@ -149,7 +149,7 @@ static PyObject *
 new_control(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
 {
     static char *keys[] = {"seed", "layer", "eta", "cap", "clip", "betas", "scale_init", NULL};
-    control_arguments given = {NULL};
+    control_arguments given = {0};
     ob_control_init init;
     ob_call call = {.function = "new_control"};
     if (!PyArg_ParseTupleAndKeywords(args, kw, "|$OOOOOOO", keys, &given.seed, &given.layer,
@@ -193,8 +193,8 @@ new_planes(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
     static char *keys[] = {"out_features", "in_features", "rule",       "packed", "stripes",
                            "stripe",       "seed",        "layer",      "eta",    "cap",
                            "clip",         "betas",       "scale_init", NULL};
-    control_arguments given = {NULL};
-    planes_arguments shape = {NULL};
+    control_arguments given = {0};
+    planes_arguments shape = {0};
     ob_control_init init;
     PyObject *packed = Py_None, *planes = NULL;
     const uint8_t *codes = NULL;
@@ -222,7 +222,7 @@ static PyObject *
 plane_specs(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
 {
     static char *keys[] = {"out_features", "in_features", "rule", "stripes", "stripe", NULL};
-    planes_arguments shape = {NULL};
+    planes_arguments shape = {0};
     ob_control_init init = {.seed = 0};
     size_t n = 0, k = 0;
     ob_call call = {.function = "plane_specs"};

@@ -70,8 +70,8 @@ forward_tile(size_t rows, size_t k_steps, const uint8_t *q, const int8_t *x, siz
             __m512i w[4];
 #pragma GCC unroll 4
             for (size_t v = 0; v < 4; v++) {
-                w[v] = _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(q + 64 * v), 2 * p),
-                                        three);
+                w[v] = _mm512_and_si512(
+                    _mm512_srli_epi16(_mm512_loadu_si512(q + 64 * v), (uint8_t)(2 * p)), three);
             }
 #pragma GCC unroll 6
             for (size_t r = 0; r < rows; r++) {
@@ -219,7 +219,7 @@ decode_input_panel(size_t n, size_t k_steps, const uint8_t *packed, size_t strip
             uint8_t *out = panel + n0 * 64 + 64 * i;
             __m512i w = _mm512_shuffle_epi8(_mm512_loadu_si512(q + 256 * i), turn), plane[4];
             for (int p = 0; p < 4; p++) {
-                plane[p] = _mm512_and_si512(_mm512_srli_epi16(w, 2 * p), three);
+                plane[p] = _mm512_and_si512(_mm512_srli_epi16(w, (uint8_t)(2 * p)), three);
             }
             __m512i ab0 = _mm512_shuffle_i32x4(plane[0], plane[1], 0x44),
                     ab1 = _mm512_shuffle_i32x4(plane[0], plane[1], 0xEE);
