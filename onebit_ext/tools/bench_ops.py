@@ -332,7 +332,7 @@ def overhead(setting: Setting, n: int, k: int, m: int, training: bool) -> Row:
         layer.backward_input()
         layer.vote()
 
-    run = setting.rivals.bitlinear(layer.x, layer.dy, layer.codes, training)
+    run = setting.rivals.bitlinear(layer.x, layer.dy, layer.packed[0], training)
     pair: list[Contender | None] = [
         ours(layer, run, name="BitLinear"),
         ours(layer, c_training if training else layer.forward, name="C calls"),

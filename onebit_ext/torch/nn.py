@@ -102,6 +102,7 @@ class BitLinear(nn.Module):
         self._sync: Callable[[], None] | None = None  # brings the learning rate of a foreign optimizer
         self._auto: Callable[[], Any] | None = None  # weakref of the AutoFlip that owns the layer
         self._start: Tensor | None = None  # int8 (N, K), 1/128 cell: where the residual of the next optimizer begins
+        self._views: direct.Views | None = None  # of codes and scale, kept by direct calls
         self._inverse: Tensor | None = None  # weight_scale as loaded, kept verbatim until s changes
         self._register()
 
@@ -155,7 +156,7 @@ class BitLinear(nn.Module):
         if self._sync is not None and not torch.compiler.is_compiling():
             self._sync()
         if direct.possible(x):
-            return direct.linear(x, self.weight, self.scale, self.bias, self.out_features)
+            return direct.linear(self, x)
         planes: list[Tensor] = []
         control = self.control
         trains = self.scale.requires_grad
@@ -204,6 +205,7 @@ class BitLinear(nn.Module):
             "_planes": None,
             "_sync": None,
             "_auto": None,
+            "_views": None,
         }  # training state belongs to the optimizer
 
     def __setstate__(self, state: dict[str, Any]) -> None:

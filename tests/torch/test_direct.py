@@ -1,5 +1,8 @@
 """Inference beside the dispatcher gives the operator's bits, and steps aside for whoever wants to see the operator."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -77,3 +80,25 @@ def test_only_plain_tensors_outside_a_compiler(monkeypatch: pytest.MonkeyPatch) 
         assert not direct.possible(x.to("meta"))
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert not direct.possible(x)
+
+
+def test_new_memory_is_noticed() -> None:
+    layer, other, x = make(64, 64, None, "row"), make(64, 48, None, "row"), torch.randn(3, 64)
+    with torch.no_grad():
+        layer(x)
+        assert layer._views is not None
+        for change in (
+            lambda: layer.weight.data.copy_(make(64, 64, None, "row").weight.data.flip(0)),
+            lambda: setattr(layer.weight, "data", layer.weight.data.clone()),
+            lambda: layer.scale.data.mul_(2.0),
+            lambda: setattr(layer.scale, "data", layer.scale.data * 3.0),
+            lambda: layer.load_state_dict(make(64, 64, None, "row").state_dict()),
+        ):
+            change()
+            wanted, _, _ = ops.linear(x, layer.weight, layer.scale, None, 64, False, layer.control, [])
+            assert torch.equal(layer(x), wanted)
+        twin = copy.deepcopy(layer)
+        assert twin._views is None and pickle.loads(pickle.dumps(layer))._views is None
+        twin.weight.data.copy_(layer.weight.data.flip(0))
+        assert torch.equal(layer(x), wanted)
+    assert other._views is None

@@ -68,9 +68,11 @@ class Rivals:
             yield Contender(name, run, {"MAC": 3.0 * x.shape[0] * codes.size})
 
     @staticmethod
-    def bitlinear(x: Array, dy: Array, codes: Array, training: bool) -> Callable[[], None]:
-        """Our own module: the forward without gradients, or forward and backward with an optimizer attached."""
-        layer = BitLinear.from_codes(torch.from_numpy(codes), 0.02)
+    def bitlinear(x: Array, dy: Array, packed: Array, training: bool) -> Callable[[], None]:
+        """Our own module on the same codes in the same memory: the forward without gradients, or forward and backward
+        with an optimizer attached."""
+        shape = (dy.shape[1], x.shape[1])
+        layer = BitLinear.from_packed(torch.from_numpy(packed), torch.tensor([0.02]), shape)
         inputs, gradient = torch.from_numpy(x), torch.from_numpy(dy)
         if not training:
             return _each(lambda module: module(inputs), [layer.eval()])
