@@ -88,8 +88,8 @@ def test_new_memory_is_noticed() -> None:
         layer(x)
         assert layer._views is not None
         for change in (
-            lambda: layer.weight.data.copy_(make(64, 64, None, "row").weight.data.flip(0)),
-            lambda: setattr(layer.weight, "data", layer.weight.data.clone()),
+            lambda: layer.weight.data.copy_(make(64, 64, None, "row").weight.data.flip(1)),
+            lambda: setattr(layer.weight, "data", layer.weight.data.flip(1)),
             lambda: layer.scale.data.mul_(2.0),
             lambda: setattr(layer.scale, "data", layer.scale.data * 3.0),
             lambda: layer.load_state_dict(make(64, 64, None, "row").state_dict()),
@@ -99,6 +99,6 @@ def test_new_memory_is_noticed() -> None:
             assert torch.equal(layer(x), wanted)
         twin = copy.deepcopy(layer)
         assert twin._views is None and pickle.loads(pickle.dumps(layer))._views is None
-        twin.weight.data.copy_(layer.weight.data.flip(0))
+        twin.weight.data.copy_(layer.weight.data.flip(1))
         assert torch.equal(layer(x), wanted)
     assert other._views is None
