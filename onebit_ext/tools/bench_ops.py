@@ -104,7 +104,8 @@ class Setting:
 
     def alternate(self, contenders: list[Contender | None], repetitions: int | None = None) -> Alternation:
         present = [contender for contender in contenders if contender is not None]
-        return Alternation(present, repetitions or self.repetitions, clock=self.clock)
+        settle = 0.01 if self.threads > 1 else 0.0
+        return Alternation(present, repetitions or self.repetitions, clock=self.clock, settle=settle)
 
 
 @contextmanager

@@ -45,7 +45,8 @@ class Spread:
 class Alternation:
     """Times `contenders` in turn, `repetitions` (>= 7) times each, in batches of about `batch` seconds.
 
-    clock: seconds; the wall's if None.
+    clock: seconds; the wall's if None.  settle: seconds that a contender runs before each batch, not timed: the
+    last one's OpenMP threads spin for milliseconds on the cores that this one needs.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Alternation:
         repetitions: int = 9,
         batch: float = 0.01,
         clock: Callable[[], float] | None = None,
+        settle: float = 0.0,
     ) -> None:
         if repetitions < MIN_REPETITIONS:
             raise ValueError(f"Alternation: 'repetitions' must be at least {MIN_REPETITIONS}, got {repetitions}")
@@ -68,7 +70,7 @@ class Alternation:
         for _ in range(repetitions):
             for contender in order:
                 count = counts[contender.name]
-                self.seconds[contender.name].append(_time(contender, count, clock) / count)
+                self.seconds[contender.name].append(_time(contender, count, clock, settle) / count)
             order = order[1:] + order[:1]  # nobody always follows the same neighbour's cache
 
     def time(self, name: str) -> Spread:
@@ -112,9 +114,15 @@ def _require_alternation(alternation: object) -> None:
         raise TypeError(f"a comparison needs an Alternation, got {type(alternation).__name__}")
 
 
-def _time(contender: Contender, count: int, clock: Callable[[], float]) -> float:
+def _time(contender: Contender, count: int, clock: Callable[[], float], settle: float = 0.0) -> float:
     run = contender.run
     with contender.within():
+        if contender.single:
+            time.sleep(settle)
+        elif settle:
+            ready = time.perf_counter() + settle
+            while time.perf_counter() < ready:
+                run()
         start = clock()
         for _ in range(count):
             run()

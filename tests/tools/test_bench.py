@@ -113,6 +113,17 @@ def test_no_ratio_without_an_alternation() -> None:
         Alternation([Contender("a", lambda: None, {}), Contender("a", lambda: None, {})], 7)
 
 
+def test_contenders_settle_before_they_are_timed(clock: list[float]) -> None:
+    calls = [0]
+
+    def run() -> None:
+        calls[0] += 1
+        clock[0] += 5.0 if calls[0] % 4 == 1 else 1.0  # slow after the others' turn
+
+    made = Alternation([Contender("a", run, {"MAC": 1.0})], 7, 0.5, settle=6.0)
+    assert made.seconds == {"a": [1.0] * 7}
+
+
 def test_another_clock() -> None:
     ticks = iter(range(1000))
     made = Alternation([Contender("a", lambda: None, {"MAC": 4.0})], 7, 0.5, lambda: 2.0 * next(ticks))
