@@ -36,16 +36,9 @@ step_block_residual16(const ob_flip_row *row, size_t strip)
         if (e <= 8192 && e >= -8192) {
             continue;
         }
-        uint8_t *byte = code_byte(row->packed, row->k_steps, row->n, k);
-        unsigned shift = 2 * (unsigned)((k % 16) / 4), code = (*byte >> shift) & 3u;
-        if (up ? code == 2 : code == 0) {
-            residual[k] = (int16_t)(up ? 8192 : -8192);
-            continue;
-        }
-        code = up ? code + 1 : code - 1;
-        *byte = (uint8_t)((*byte & ~(3u << shift)) | (code << shift));
-        residual[k] = (int16_t)(up ? e - 16384 : e + 16384);
-        moved++;
+        uint64_t changed = move_code(row, k, up);
+        residual[k] = (int16_t)(changed ? (up ? e - 16384 : e + 16384) : (up ? 8192 : -8192));
+        moved += changed;
     }
     return moved;
 }

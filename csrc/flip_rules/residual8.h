@@ -29,23 +29,6 @@ residual8_add(int8_t *residual, size_t columns, const vf *u, float step, ob_rng_
     }
 }
 
-/* Move column k of the row; returns 1 if its code changed. */
-OB_INLINE uint64_t
-residual8_flip_one(const ob_flip_row *row, int8_t *residual, size_t k)
-{
-    uint8_t *byte = code_byte(row->packed, row->k_steps, row->n, k);
-    unsigned shift = 2 * (unsigned)((k % 16) / 4), code = (*byte >> shift) & 3u;
-    int e = residual[k], up = e > 0;
-    if (up ? code == 2 : code == 0) { /* saturated: wait at half a cell */
-        residual[k] = (int8_t)(up ? 64 : -64);
-        return 0;
-    }
-    code = up ? code + 1 : code - 1;
-    *byte = (uint8_t)((*byte & ~(3u << shift)) | (code << shift));
-    residual[k] = (int8_t)(up ? e - 128 : e + 128);
-    return 1;
-}
-
 OB_INLINE uint64_t
 residual8_flip(const ob_flip_row *row, size_t strip)
 {
@@ -57,7 +40,12 @@ residual8_flip(const ob_flip_row *row, size_t strip)
     }
     for (beyond = v_mask_beyond64(columns < OB_STRIP ? tail : residual + k0); beyond;
          beyond &= beyond - 1) {
-        moved += residual8_flip_one(row, residual, k0 + (size_t)__builtin_ctzll(beyond));
+        size_t k = k0 + (size_t)__builtin_ctzll(beyond);
+        int e = residual[k], up = e > 0;
+        uint64_t changed = move_code(row, k, up);
+        /* a code at its bound lets its residual wait at half a cell */
+        residual[k] = (int8_t)(changed ? (up ? e - 128 : e + 128) : (up ? 64 : -64));
+        moved += changed;
     }
     return moved;
 }

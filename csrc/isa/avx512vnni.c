@@ -214,7 +214,7 @@ decode_input_panel(size_t n, size_t k_steps, const uint8_t *packed, size_t strip
         _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     size_t steps = OB_MIN(k_steps - 4 * strip, (size_t)4);
     for (size_t n0 = 0; n0 < n; n0 += 16) {
-        const uint8_t *q = packed + (((n0 / 64) * k_steps + 4 * strip) * 4 + (n0 % 64) / 16) * 64;
+        const uint8_t *q = packed + ob_tile16_byte(k_steps, n0, 64 * strip);
         for (size_t i = 0; i < steps; i++) {
             uint8_t *out = panel + n0 * 64 + 64 * i;
             __m512i w = _mm512_shuffle_epi8(_mm512_loadu_si512(q + 256 * i), turn), plane[4];

@@ -26,7 +26,7 @@ decode_input_panel(size_t n, size_t k_steps, const uint8_t *packed, size_t strip
     const __m128i turn = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     size_t group_bytes = OB_CEIL_DIV(n, (size_t)16) * 16 * OB_GROUP;
     for (size_t n0 = 0; n0 < n; n0 += 16) {
-        const uint8_t *q = packed + (((n0 / 64) * k_steps + 4 * strip) * 4 + (n0 % 64) / 16) * 64;
+        const uint8_t *q = packed + ob_tile16_byte(k_steps, n0, 64 * strip);
         for (size_t i = 0; i < 4; i++) {
             int exists = 4 * strip + i < k_steps; /* else columns beyond K: code 1, zero */
             __m128i *out = (void *)(panel + i * group_bytes + n0 * OB_GROUP);

@@ -280,11 +280,9 @@ decode_input_panel(size_t n, size_t k_steps, const uint8_t *packed, size_t strip
 {
     for (size_t i = 0; i < OB_CEIL_DIV(n, 16) * 16; i++) {
         for (size_t j = 0; j < OB_STRIP; j++, panel++) {
-            size_t step = 4 * strip + j / 16, k = j % 16;
-            const uint8_t *vector = packed + (((i / 64) * k_steps + step) * 4 + (i % 64) / 16) * 64;
-            *panel = step < k_steps
-                         ? (uint8_t)(((vector[4 * (i % 16) + k % 4] >> (2 * (k / 4))) & 3) - 1)
-                         : 0;
+            size_t k = OB_STRIP * strip + j;
+            unsigned byte = packed[k / 16 < k_steps ? ob_tile16_byte(k_steps, i, k) : 0];
+            *panel = k / 16 < k_steps ? (uint8_t)((byte >> ob_tile16_shift(k) & 3u) - 1u) : 0;
         }
     }
 }

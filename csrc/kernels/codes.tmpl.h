@@ -8,15 +8,22 @@ typedef struct code_row {
 OB_INLINE code_row
 code_row_at(uint8_t *packed, size_t k_steps, size_t n, size_t strip)
 {
-    code_row row = {packed + (((n / 64) * k_steps + 4 * strip) * 4 + (n % 64) / 16) * 64 +
-                    (n % 16) * 4};
+    code_row row = {packed + ob_tile16_byte(k_steps, n, strip * OB_STRIP)};
     return row;
 }
 
-OB_INLINE uint8_t *
-code_byte(uint8_t *packed, size_t k_steps, size_t n, size_t k)
+/* Move the code of column k of the row by one, up or down; 0 if it is at its bound. */
+OB_INLINE uint64_t
+move_code(const ob_flip_row *row, size_t k, int up)
 {
-    return packed + (((n / 64) * k_steps + k / 16) * 4 + (n % 64) / 16) * 64 + (n % 16) * 4 + k % 4;
+    uint8_t *byte = row->packed + ob_tile16_byte(row->k_steps, row->n, k);
+    unsigned shift = ob_tile16_shift(k), code = (*byte >> shift) & 3u;
+    if (up ? code == 2 : code == 0) {
+        return 0;
+    }
+    code = up ? code + 1 : code - 1;
+    *byte = (uint8_t)((*byte & ~(3u << shift)) | (code << shift));
+    return 1;
 }
 
 /* Lane k of 16: byte kk = k % 4 of the dword, bits 2p with p = k / 4. */

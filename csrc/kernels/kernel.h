@@ -8,6 +8,7 @@
 
 #include "../base/config.h"
 #include "../base/rng.h"
+#include "../formats/tile16.h"
 #include "../onebit.h"
 
 #define OB_STRIP 64       /* columns of every tile: outputs in forward, inputs in dX and dW */

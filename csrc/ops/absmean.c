@@ -6,6 +6,7 @@
 #include "../base/check.h"
 #include "../base/cpu.h"
 #include "../base/pool.h"
+#include "../formats/tile16.h"
 #include "ops.h"
 
 typedef struct absmean_call {
@@ -53,12 +54,10 @@ pack_strip(void *arg, size_t strip, size_t thread)
     for (size_t o = 0; o < rows; o++) {
         for (size_t k = 0; k < c->k; k++) {
             float q = weight_at(c, (strip * 64 + o) * c->k + k) / c->scale;
-            int up = q > 0.5f, down = q < -0.5f; /* rint, half to even, clamped: +-0.5 goes to 0 */
-            uint8_t *byte = plane + (k / 16) * 256 + o * 4 + k % 4;
-            *byte = (uint8_t)(*byte ^ (up     ? 3u
-                                       : down ? 1u
-                                              : 0u)
-                                          << (2 * ((k % 16) / 4))); /* 1 -> 2, 1 -> 0 */
+            /* rint, half to even, clamped: +-0.5 goes to 0; code 1 becomes 2 or 0 */
+            unsigned change = q > 0.5f ? 3u : q < -0.5f ? 1u : 0u;
+            uint8_t *byte = plane + ob_tile16_byte(0, o, k);
+            *byte = (uint8_t)(*byte ^ change << ob_tile16_shift(k));
         }
     }
 }

@@ -1,6 +1,7 @@
 /* residual.c - a residual as training starts, and how much of it has come to a bound. */
 #include <string.h>
 
+#include "../formats/tile16.h"
 #include "ops.h"
 
 /* Row i of the planes is output row.n. */
@@ -17,7 +18,7 @@ row_at(size_t i, size_t k, const uint8_t *packed, const ob_planes *planes)
     size_t steps = OB_CEIL_DIV(k, 16);
     residual_row row = {
         .n = ob_first_row(planes) + ob_row_stride(planes) * i, .k = k, .rule = planes->rule};
-    row.packed = packed ? packed + row.n / 64 * steps * 256 + row.n % 64 * 4 : NULL;
+    row.packed = packed ? packed + ob_tile16_byte(steps, row.n, 0) : NULL;
     row.residual = planes->residual
                        ? (uint8_t *)planes->residual + i * ob_rule_residual_row_bytes(row.rule, k)
                        : NULL;
@@ -27,7 +28,7 @@ row_at(size_t i, size_t k, const uint8_t *packed, const ob_planes *planes)
 static int
 code_at(const residual_row *row, size_t k)
 {
-    return (row->packed[k / 16 * 256 + k % 4] >> 2 * (k % 16 / 4) & 3) - 1;
+    return (row->packed[ob_tile16_byte(0, 0, k)] >> ob_tile16_shift(k) & 3) - 1;
 }
 
 /* Below 8 bits: where column k lies in its block of 64 columns. */

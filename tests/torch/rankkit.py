@@ -193,37 +193,9 @@ def ops_planes(layer: BitLinear) -> list[Tensor]:
 
 def learn(rank: int, world: int, folder: Path) -> Any:
     """Final held-out losses of the fine-tuning task, each rank on its half of the batch."""
-    from test_torch_microbatches import SEEDS
+    from test_torch_microbatches import LR, SEEDS, fine_tune
 
-    return [fine_tune(seed, rank, world) for seed in SEEDS]
-
-
-def fine_tune(seed: int, rank: int, world: int) -> tuple[float, float]:
-    """As final_loss of test_torch_microbatches, on this rank's part of every batch."""
-    from test_torch_microbatches import LR, STEPS, TOKENS, network
-
-    torch.manual_seed(seed)
-    codes = [torch.randint(-1, 2, shape) for shape in ((96, 64), (48, 96))]
-    goal = [torch.where(torch.rand(c.shape) < 0.15, torch.randint(-1, 2, c.shape), c) for c in codes]
-    model, teacher = network(codes), network(goal)
-    optimizer = FlipOptimizer(model, lr=LR, scale_lr=0.0, seed=seed)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 8) * (1 + math.cos(math.pi * step / STEPS)) / 2
-    )
-    held_out = torch.randn(512, 64)
-
-    def loss(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = teacher(x)
-        return (model(x) - target).square().mean() / target.var()
-
-    first = loss(held_out).item()
-    for _ in range(STEPS):
-        loss(torch.randn(TOKENS, 64).chunk(world)[rank]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    return first, loss(held_out).item()
+    return [fine_tune(seed, LR, lambda tokens: [tokens.chunk(world)[rank]]) for seed in SEEDS]
 
 
 def main() -> None:

@@ -142,11 +142,11 @@ def test_refused_on_every_rank(results: Callable[[str], list[Any]], case: str, m
 
 def test_two_ranks_learn_as_one_process(results: Callable[[str], list[Any]]) -> None:
     """The same batches, halved; measured: see docs/distributed.md."""
-    from test_torch_microbatches import SEEDS
+    from test_torch_microbatches import LR, SEEDS, final_loss
 
     two, other = (rank for rank in results("learn"))
     assert two == other
-    one = [rankkit.fine_tune(seed, 0, 1) for seed in SEEDS]
+    one = [final_loss(seed, 1, LR) for seed in SEEDS]
     noise = max(last for _, last in one) - min(last for _, last in one)
     start = sum(first for first, _ in one) / len(one)
     means = [sum(last for _, last in runs) / len(runs) for runs in (one, two)]

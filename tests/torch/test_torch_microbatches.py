@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,11 @@ def network(codes: list[Tensor]) -> nn.Sequential:
     return nn.Sequential(up, nn.Tanh(), down)
 
 
-@functools.cache
-def final_loss(seed: int, parts: int, lr: float) -> tuple[float, float]:
-    """Fine-tune codes alone towards a network of which 15 % of the codes differ; first and last held-out loss."""
+def fine_tune(seed: int, lr: float, share: Callable[[Tensor], Sequence[Tensor]]) -> tuple[float, float]:
+    """Fine-tune codes alone towards a network of which 15 % of the codes differ; first and last held-out loss.
+
+    share: the micro-batches that are made of a step's tokens.
+    """
     torch.manual_seed(seed)
     codes = [torch.randint(-1, 2, shape) for shape in ((96, 64), (48, 96))]
     goal = [torch.where(torch.rand(c.shape) < 0.15, torch.randint(-1, 2, c.shape), c) for c in codes]
@@ -39,12 +42,18 @@ def final_loss(seed: int, parts: int, lr: float) -> tuple[float, float]:
 
     first = loss(held_out).item()
     for _ in range(STEPS):
-        for x in torch.randn(TOKENS, 64).chunk(parts):
-            (loss(x) / parts).backward()
+        parts = share(torch.randn(TOKENS, 64))
+        for x in parts:
+            (loss(x) / len(parts)).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
     return first, loss(held_out).item()
+
+
+@functools.cache
+def final_loss(seed: int, parts: int, lr: float) -> tuple[float, float]:
+    return fine_tune(seed, lr, lambda tokens: tokens.chunk(parts))
 
 
 def mean(parts: int, lr: float) -> float:
