@@ -11,6 +11,7 @@ Planes = dict[str, Array]
 
 CONTROL: dict[str, int]  # field name -> index into a control array, e.g. {"seed": 0, ...}
 RULES: tuple[str, ...]
+RULES_MOVING_IN_VOTE: tuple[str, ...]  # of them, those whose vote writes codes
 FORMATS: tuple[str, ...]
 MAX_K: int
 TOKENS_PER_VOTE: int

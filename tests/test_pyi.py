@@ -89,6 +89,7 @@ def test_types(name: str) -> None:
 def test_constants() -> None:
     assert list(_core.CONTROL.values()) == list(range(22))
     assert _core.RULES[:3] == ("residual8", "residual8_momentum4", "residual8_momentum8")
+    assert set(_core.RULES_MOVING_IN_VOTE) == {"residual4", "residual2", "stochastic"}
     assert _core.FORMATS[:3] == ("tile16", "seq2", "rows4")
     assert _core.MAX_K * 127 < 2**31 <= (_core.MAX_K + 1) * 127
     assert _core.TOKENS_PER_VOTE == 65536

@@ -18,6 +18,23 @@ names_tuple(size_t count, const char *(*text)(size_t))
     return names;
 }
 
+/* Names of the rules that write codes while they vote. */
+static PyObject *
+moving_rules(void)
+{
+    PyObject *names = PyList_New(0);
+    for (int i = 0; names != NULL && i < OB_RULE_COUNT; i++) {
+        PyObject *name = PyUnicode_FromString(ob_rule_name((ob_rule)i));
+        if (name == NULL || (ob_rule_moves_in_vote((ob_rule)i) && PyList_Append(names, name) < 0)) {
+            Py_CLEAR(names);
+        }
+        Py_XDECREF(name);
+    }
+    PyObject *found = names != NULL ? PyList_AsTuple(names) : NULL;
+    Py_XDECREF(names);
+    return found;
+}
+
 static PyObject *
 control_dict(void)
 {
@@ -81,6 +98,7 @@ module_exec(PyObject *module)
     }
     if (add(module, "CONTROL", control_dict()) < 0 ||
         add(module, "RULES", names_tuple(OB_RULE_COUNT, ob_rule_text)) < 0 ||
+        add(module, "RULES_MOVING_IN_VOTE", moving_rules()) < 0 ||
         add(module, "FORMATS", names_tuple(OB_FORMAT_COUNT, ob_format_text)) < 0 ||
         PyModule_AddIntConstant(module, "MAX_K", OB_MAX_K) < 0 ||
         PyModule_AddIntConstant(module, "TOKENS_PER_VOTE", OB_TOKENS_PER_VOTE) < 0 ||

@@ -2,14 +2,31 @@
 
 model = replace_linear(model)  # nn.Linear and the packed layers of transformers -> BitLinear
 optimizer = FlipOptimizer(model)  # flips the codes, AdamW for everything else
+schedule = cosine_schedule(optimizer, steps)  # or any of torch's
 """
 
 from . import distributed, guard  # noqa: F401 (both install a hook)
 from .auto import AutoFlip
-from .methods import ShadowLinear, prepare
+from .memory import bits_per_weight, state_bytes
+from .methods import Bop, LatentAdam, ShadowLinear, eta_from_hybrid, prepare
 from .nn import BitLinear
 from .ops import no_votes
 from .optim import FlipOptimizer
+from .schedule import cosine_schedule
 from .swap import replace_linear
 
-__all__ = ["AutoFlip", "BitLinear", "FlipOptimizer", "ShadowLinear", "no_votes", "prepare", "replace_linear"]
+__all__ = [
+    "AutoFlip",
+    "BitLinear",
+    "Bop",
+    "FlipOptimizer",
+    "LatentAdam",
+    "ShadowLinear",
+    "bits_per_weight",
+    "cosine_schedule",
+    "eta_from_hybrid",
+    "no_votes",
+    "prepare",
+    "replace_linear",
+    "state_bytes",
+]

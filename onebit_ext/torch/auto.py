@@ -13,7 +13,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from . import ops
 from .nn import BitLinear, plane_list
 from .optim import DEFAULT_CAP, FlipOptimizer
-from .planes import CONTROL, check, choose_rule, field, new_planes, specs
+from .planes import CONTROL, check, choose_rule, field, kinds, new_planes, repool, rotate
+from .schedule import factor
 
 PREFIX = "onebit_"
 CONTROLS = ("control", "draws")  # float64: saved as bytes
@@ -27,6 +28,9 @@ class AutoFlip:
     The planes are made after that optimizer's first step and live in its `state`, under the scale, so they are saved
     and restored with it.  eta = flip_lr * lr / initial_lr (lr / initial_lr is the schedule).  Our Adam steps the scale
     with scale_lr on the same schedule, in place of the optimizer's own update.  `remove()` ends it.
+
+    The flip rule's arguments are FlipOptimizer's.  With stripes > 1, which need stripe_steps, eta follows a warmup and
+    cosine of its own in every stripe instead of the optimizer's schedule.
     """
 
     def __init__(
@@ -40,13 +44,27 @@ class AutoFlip:
         flip_rate_cap: float | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         seed: int = 0,
+        rule: str | None = None,
+        stripes: int = 1,
+        stripe_steps: int | None = None,
     ) -> None:
-        rule = choose_rule(recipe, residual_bits, momentum_bits)
-        if rule is None:
+        chosen = choose_rule(recipe, residual_bits, momentum_bits, rule)
+        if chosen is None:
             raise ValueError("AutoFlip: recipe 'frozen' flips nothing")
-        self.flip_lr, self.scale_lr, self.rule = flip_lr, scale_lr, rule
+        if stripes < 1 or (stripes > 1 and (stripe_steps is None or stripe_steps < 1)):
+            raise ValueError(
+                f"AutoFlip: stripes={stripes!r} must be 1, or more with stripe_steps, got {stripe_steps!r}"
+            )
+        self.flip_lr, self.scale_lr, self.rule = flip_lr, scale_lr, chosen
+        self.stripes, self.stripe_steps = stripes, stripe_steps or 0
         cap = DEFAULT_CAP if flip_rate_cap is None else flip_rate_cap
-        self._options: dict[str, Any] = {"seed": seed, "eta": flip_lr, "cap": cap, "betas": betas}
+        self._options: dict[str, Any] = {
+            "seed": seed,
+            "eta": flip_lr,
+            "cap": cap,
+            "betas": betas,
+            "stripes": stripes,
+        }
         found = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, BitLinear)]
         self._layers = [(name, weakref.ref(layer)) for name, layer in found]
         self._before: list[tuple[BitLinear, Tensor]] = []
@@ -77,7 +95,8 @@ class AutoFlip:
         for _, reference in self._layers:
             layer = reference()
             if layer is not None:
-                layer._planes = layer._sync = None
+                layer.attach(None)
+                layer._sync = None
                 layer._auto = lambda: None  # ended on purpose: scales may train alone
 
     # ------------------------------------------------------------------ who owns what
@@ -122,7 +141,7 @@ class AutoFlip:
                 planes |= {name: torch.zeros_like(layer.scale) for name in MOMENTS} | {"draws": layer.control}
                 self._link(optimizer, group, layer, planes)
             if not _skipped(optimizer):
-                self._step(layer, _ratio(optimizer, group))
+                self._step(optimizer, group, layer)
             moved += field(ops.array(layer._planes["control"]), "moved")  # type: ignore[index]
             total += layer.in_features * layer.out_features
         self.flip_rate = moved / max(total, 1)
@@ -142,27 +161,35 @@ class AutoFlip:
         """Into the optimizer's state, controls as bytes: torch casts what it loads to the scale's float32."""
         for name, value in planes.items():
             optimizer.state[layer.scale][PREFIX + name] = value.view(torch.uint8) if name in CONTROLS else value
-        layer._planes, layer.control, layer._start = planes, planes["draws"], None
-        owner, flip_lr = weakref.ref(optimizer), self.flip_lr
+        layer.attach(planes, self.rule)
+        layer.control, layer._start = planes["draws"], None
+        owner, eta = weakref.ref(optimizer), self._eta
         control = ops.array(planes["control"])
 
         def sync() -> None:
             live = owner()
             if live is not None:
-                control[CONTROL["eta"]] = flip_lr * _ratio(live, group)
+                control[CONTROL["eta"]] = eta(live, group, control)
 
         layer._sync = sync
         sync()
 
-    def _step(self, layer: BitLinear, ratio: float) -> None:
-        planes = layer._planes
+    def _eta(self, optimizer: torch.optim.Optimizer, group: int, control: Any) -> float:
+        if self.stripes == 1:
+            return self.flip_lr * _ratio(optimizer, group)
+        return self.flip_lr * factor(int(field(control, "step")), self.stripe_steps)
+
+    def _step(self, optimizer: torch.optim.Optimizer, group: int, layer: BitLinear) -> None:
+        planes, ratio = layer._planes, _ratio(optimizer, group)
         assert planes is not None
         control = planes["control"]
-        ops.array(control)[CONTROL["eta"]] = self.flip_lr * ratio
+        ops.array(control)[CONTROL["eta"]] = self._eta(optimizer, group, ops.array(control))
         if layer.scale.grad is not None:
             moments = [planes[name] for name in MOMENTS]
             ops.scale_step(layer.scale, layer.scale.grad, *moments, control, self.scale_lr * ratio)
         ops.flip(layer.weight, control, plane_list(planes))
+        if rotate(layer, planes, self.stripe_steps):
+            self._link(optimizer, group, layer, planes)
 
     def restore(self, optimizer: torch.optim.Optimizer) -> None:
         """After load_state_dict: back from float32, layer by layer, and on with the votes."""
@@ -171,15 +198,14 @@ class AutoFlip:
             saved = {key.removeprefix(PREFIX): value for key, value in state.items() if key.startswith(PREFIX)}
             if not saved:
                 continue
-            kinds = specs(layer)
-            planes = {}
-            for key, value in saved.items():
-                if key in CONTROLS:
-                    planes[key] = value.to(torch.uint8, copy=True).view(torch.float64)
-                else:
-                    planes[key] = value.to(kinds[key][1] if key in kinds else torch.float32, copy=True)
-                if key not in MOMENTS:
-                    check(layer, key, planes[key], f"AutoFlip: state of {name!r}")
+            planes = {name: saved.pop(name).to(torch.float32, copy=True) for name in MOMENTS if name in saved}
+            for key in CONTROLS:
+                if key in saved:
+                    saved[key] = saved[key].to(torch.uint8, copy=True).view(torch.float64)
+            wanted = kinds(layer, self.rule)
+            saved = {k: v if k in CONTROLS or k not in wanted else v.to(wanted[k][1]) for k, v in saved.items()}
+            check(layer, saved, self.rule, self.stripes, f"AutoFlip: state of {name!r}")
+            planes |= repool(layer, saved)
             self._link(optimizer, group, layer, planes)
 
 

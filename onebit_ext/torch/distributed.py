@@ -76,7 +76,8 @@ def _check_ranks(layer: BitLinear, world: int) -> None:
     assert layer._planes is not None
     control = _control(layer)
     clip, wanted = control[CONTROL["clip"]], CLIP * math.sqrt(world)
-    if world > 1 and ("momentum" in layer._planes or layer._planes["residual"].dtype not in (torch.int8, torch.int16)):
+    residual = layer._planes.get("residual", layer.weight)
+    if world > 1 and ("momentum" in layer._planes or residual.dtype not in (torch.int8, torch.int16)):
         raise RuntimeError(
             f"{world} ranks: only rules with an integer residual and no momentum can be combined; use recipe='finetune'"
         )

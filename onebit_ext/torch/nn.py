@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from onebit_ext import _core
 
 from . import direct, ops
+from .dense import dense_linear
 
 _ids = itertools.count()
 _layers: WeakIdKeyDictionary = WeakIdKeyDictionary()  # codes and scale Parameters -> weakref of their BitLinear
@@ -99,6 +100,10 @@ class BitLinear(nn.Module):
         self.bias = None if offset is None else nn.Parameter(offset)
         self.control = torch.from_numpy(_core.new_control(layer=next(_ids)))  # random position where nothing votes
         self._planes: dict[str, Tensor] | None = None  # the optimizer's, while one is attached
+        self._moves = False  # their rule moves codes in votes
+        self._latent: Tensor | None = (
+            None  # where a dense gradient goes, for the methods that need one: (N, K) of one 0
+        )
         self._sync: Callable[[], None] | None = None  # brings the learning rate of a foreign optimizer
         self._auto: Callable[[], Any] | None = None  # weakref of the AutoFlip that owns the layer
         self._start: Tensor | None = None  # int8 (N, K), 1/128 cell: where the residual of the next optimizer begins
@@ -158,14 +163,22 @@ class BitLinear(nn.Module):
         if direct.possible(x):
             return direct.linear(self, x)
         planes: list[Tensor] = []
-        control = self.control
+        control, position = self.control, None
         trains = self.scale.requires_grad
-        if self._planes is not None and self.training and trains and not ops.votes_suspended():
-            planes = plane_list(self._planes)
-            control = self._planes["control"]
         keep = trains and torch.is_grad_enabled()
-        y, _, _ = ops.linear(x, self.weight, self.scale, self.bias, self.out_features, keep, control, planes)
-        return y
+        if trains and self.training and not ops.votes_suspended():
+            if self._latent is not None and keep:
+                return dense_linear(x, self.weight, self.scale, self.bias, self._latent, control)[0]
+            if self._planes is not None:
+                planes = plane_list(self._planes)
+                control = self._planes["control"]
+                position = ops.position_of(control) if self._moves and keep else None
+        return ops.linear(x, self.weight, self.scale, self.bias, self.out_features, keep, control, planes, position)[0]
+
+    def attach(self, planes: dict[str, Tensor] | None, rule: str | None = None) -> None:
+        """For optimizers: vote by `rule` into these planes, which stay the optimizer's, or into none."""
+        self._planes, self._latent = planes, None
+        self._moves = rule in _core.RULES_MOVING_IN_VOTE
 
     def codes(self) -> Tensor:
         """The codes T, int8 (N, K), a copy."""
@@ -201,12 +214,8 @@ class BitLinear(nn.Module):
         self._register()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {
-            "_planes": None,
-            "_sync": None,
-            "_auto": None,
-            "_views": None,
-        }  # training state belongs to the optimizer
+        gone = dict.fromkeys(("_planes", "_latent", "_sync", "_auto", "_views"))  # the optimizer's, not ours
+        return self.__dict__ | gone
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -2,10 +2,12 @@
 
 M tokens, N outputs, K inputs; `weight` is the tile16 plane of the codes, `scale` float32 (1,) or (N,).  `control` is
 a float64 tensor of `CONTROL` fields (see csrc/onebit.h), `planes` a list in the order of `PLANES`, empty where nothing
-votes.  A forward op has no side effect; what the backward writes (planes, control) it writes through ops that say so.
+votes.  A forward op has no side effect; what the backward writes (planes, control, with some rules the codes) it writes
+through ops that say so.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,7 +21,7 @@ from onebit_ext import _core
 from . import ranks
 
 CONTROL = _core.CONTROL
-PLANES = ("residual", "row_factor", "col_factor", "row_sum", "col_sum", "sketch", "momentum", "momentum_scale")
+PLANES = tuple(dict.fromkeys(n for rule in _core.RULES for n in _core.plane_specs(1, 1, rule) if n != "control"))
 MICRO_LIMIT = 16384  # micro-batches without a step(): 1024 accumulated batches of a layer used 16 times
 
 _suspended = 0
@@ -47,12 +49,20 @@ def array(tensor: Tensor) -> np.ndarray[Any, Any]:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def _plane_arrays(control: Tensor, planes: Sequence[Tensor]) -> dict[str, np.ndarray[Any, Any]]:
-    arrays = {name: array(plane) for name, plane in zip(PLANES, planes, strict=False)}
-    return arrays | {"control": array(control)}
+@functools.cache
+def _plane_names(rule: int) -> tuple[str, ...]:
+    names = _core.plane_specs(1, 1, _core.RULES[rule])
+    return tuple(name for name in PLANES if name in names)
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def plane_arrays(control: Tensor, planes: Sequence[Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+    """The planes as `_core` takes them, views."""
+    fields = array(control)
+    names = _plane_names(int(fields[CONTROL["rule"]]))
+    return {name: array(plane) for name, plane in zip(names, planes, strict=True)} | {"control": fields}
+
+
+def as_rows(tensor: Tensor) -> Tensor:
     """(..., C) -> (M, C), also where M or C is 0."""
     return tensor.contiguous().reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
@@ -71,13 +81,15 @@ def linear(
     keep: bool,
     control: Tensor,
     planes: Sequence[Tensor],
+    position: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x (..., K) float32|bfloat16 -> y (..., N) of x's dtype, xq (M, padded K) int8, sx (M,) float32.
 
-    xq and sx are empty unless `keep`.  `control` and `planes` are not read: they are what the backward votes into.
+    xq and sx are empty unless `keep`.  `control`, `planes` and `position` are not read: they are what the backward
+    votes into, and, for a rule that moves codes in votes, `position_of(control)` now, as the codes may move until then.
     """
-    rows = _rows(x)
-    y, xq, sx = _linear_outputs(x, out_features, keep)
+    rows = as_rows(x)
+    y, xq, sx = linear_outputs(x, out_features, keep)
     offset = None if bias is None else array(bias.float())
     kept = (array(xq), array(sx)) if keep else (None, None)
     _core.linear_forward(
@@ -93,7 +105,7 @@ def linear(
     return y, xq, sx
 
 
-def _linear_outputs(x: Tensor, out_features: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def linear_outputs(x: Tensor, out_features: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     m = math.prod(x.shape[:-1]) if keep else 0
     y = x.new_empty((*x.shape[:-1], out_features))
     xq = x.new_empty((m, _padded(x.shape[-1])), dtype=torch.int8)
@@ -101,14 +113,14 @@ def _linear_outputs(x: Tensor, out_features: int, keep: bool) -> tuple[Tensor, T
 
 
 @linear.register_fake
-def _(x, weight, scale, bias, out_features, keep, control, planes):
-    return _linear_outputs(x, out_features, keep)
+def _(x, weight, scale, bias, out_features, keep, control, planes, position):
+    return linear_outputs(x, out_features, keep)
 
 
 @torch.library.custom_op("onebit::linear_backward_input", mutates_args=(), device_types="cpu")
 def linear_backward_input(dy: Tensor, weight: Tensor, scale: Tensor, control: Tensor, in_features: int) -> Tensor:
     """dy (..., N) -> dx (..., K), stochastically rounded at control's position; a non-finite token gives NaN."""
-    rows = _rows(dy)
+    rows = as_rows(dy)
     dx = dy.new_empty((*dy.shape[:-1], in_features))
     out = array(dx.view(rows.shape[0], in_features))
     position = array(control.clone())  # the C function notes a non-finite gradient in it; votes do that here
@@ -120,6 +132,11 @@ def linear_backward_input(dy: Tensor, weight: Tensor, scale: Tensor, control: Te
 @linear_backward_input.register_fake
 def _(dy, weight, scale, control, in_features):
     return dy.new_empty((*dy.shape[:-1], in_features))
+
+
+def position_of(control: Tensor) -> Tensor:
+    """STEP and MICRO of a control, float64 (2,), a copy: how far its votes have come."""
+    return control.narrow(0, CONTROL["step"], 2).clone()
 
 
 @torch.library.custom_op("onebit::vote", mutates_args=("control", "planes"), device_types="cpu")
@@ -138,7 +155,47 @@ def vote(
 
     Without planes it gives ds and db alone, and moves control's random position on.
     """
-    rows = _rows(dy)
+    return _vote(dy, xq, sx, weight, scale, in_features, control, planes, want_bias)
+
+
+@torch.library.custom_op("onebit::vote_codes", mutates_args=("weight", "control", "planes"), device_types="cpu")
+def vote_codes(
+    dy: Tensor,
+    xq: Tensor,
+    sx: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    in_features: int,
+    control: Tensor,
+    planes: Sequence[Tensor],
+    want_bias: bool,
+    position: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`vote` by a rule that moves codes while it votes: `weight` is written too.
+
+    RuntimeError if they have moved since the forward, which saw them at `position` (see `position_of`).
+    """
+    if not torch.equal(position, position_of(control)):
+        rule = _core.RULES[int(array(control)[CONTROL["rule"]])]
+        raise RuntimeError(
+            f"onebit::vote_codes: rule {rule!r} moves codes in the backward, and it did between this forward and its "
+            "backward: use such a layer once between two backwards, or train it with residual_bits=8"
+        )
+    return _vote(dy, xq, sx, weight, scale, in_features, control, planes, want_bias)
+
+
+def _vote(
+    dy: Tensor,
+    xq: Tensor,
+    sx: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    in_features: int,
+    control: Tensor,
+    planes: Sequence[Tensor],
+    want_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = as_rows(dy)
     ds = torch.zeros_like(scale)
     db = dy.new_zeros((dy.shape[-1] if want_bias else 0,), dtype=torch.float32)
     state = array(control)
@@ -158,7 +215,7 @@ def vote(
             array(weight),
             array(scale),
             in_features,
-            _plane_arrays(control, planes) if voting else None,
+            plane_arrays(control, planes) if voting else None,
             control=None if voting else state,
             ds=array(ds),
             db=array(db) if want_bias else None,
@@ -172,24 +229,28 @@ def vote(
     return ds, db
 
 
-@vote.register_fake
-def _(dy, xq, sx, weight, scale, in_features, control, planes, want_bias):
+def _vote_outputs(dy, xq, sx, weight, scale, in_features, control, planes, want_bias, position=None):
     return torch.empty_like(scale), dy.new_empty((dy.shape[-1] if want_bias else 0,), dtype=torch.float32)
 
 
+vote.register_fake(_vote_outputs)
+vote_codes.register_fake(_vote_outputs)
+
+
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, scale, bias, _, _, control, planes = inputs
+    x, weight, scale, bias, _, _, control, planes, position = inputs
     _, xq, sx = output
     ctx.mark_non_differentiable(xq, sx)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(weight, scale, xq, sx)
-    # The backward writes these two: saved the usual way, autograd would refuse the second backward of a step.
-    ctx.control, ctx.planes = control, planes
+    # What the backward writes: saved the usual way, autograd would refuse the second backward of a step.
+    ctx.control, ctx.planes, ctx.position = control, planes, position
+    ctx.codes = None if position is None else weight
+    ctx.save_for_backward(*([] if position is not None else [weight]), scale, xq, sx)
     ctx.in_features = x.shape[-1]
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _refuse_double_backward() -> None:
+def refuse_double_backward() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError("onebit: double backward (create_graph=True) is not defined: votes have no gradient")
 
@@ -197,19 +258,21 @@ def _refuse_double_backward() -> None:
 def _linear_backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     none = [None] * len(ctx.planes)
     if dy is None:
-        return (None, None, None, None, None, None, None, none)
-    _refuse_double_backward()
-    weight, scale, xq, sx = ctx.saved_tensors
+        return (None, None, None, None, None, None, None, none, None)
+    refuse_double_backward()
+    *saved, scale, xq, sx = ctx.saved_tensors
+    weight = ctx.codes if ctx.position is not None else saved[0]
     need_x, _, need_scale, need_bias = ctx.needs_input_grad[:4]
     dx = ds = None
     if need_x:  # before the votes: they move control's random position on
         dx = linear_backward_input(dy, weight, scale, ctx.control, ctx.in_features)
     if need_scale:
-        ds, db = vote(dy, xq, sx, weight, scale, ctx.in_features, ctx.control, ctx.planes, need_bias)
+        arguments = (dy, xq, sx, weight, scale, ctx.in_features, ctx.control, ctx.planes, need_bias)
+        ds, db = vote(*arguments) if ctx.position is None else vote_codes(*arguments, ctx.position)
     else:
         ctx.control.narrow(0, CONTROL["micro"], 1).add_(1.0)
-        db = _rows(dy).sum(0, dtype=torch.float32)
-    return dx, None, ds, db.to(ctx.bias_dtype) if need_bias else None, None, None, None, none
+        db = as_rows(dy).sum(0, dtype=torch.float32)
+    return dx, None, ds, db.to(ctx.bias_dtype) if need_bias else None, None, None, None, none, None
 
 
 linear.register_autograd(_linear_backward, setup_context=_linear_setup)
@@ -219,13 +282,13 @@ linear.register_autograd(_linear_backward, setup_context=_linear_setup)
 def flip(weight: Tensor, control: Tensor, planes: Sequence[Tensor]) -> None:
     """One step of a layer's codes, in place; control's MOVED counts them.  Nothing if no micro-batch voted."""
     ranks.check_combined()
-    _core.flip(array(weight), _plane_arrays(control, planes))
+    _core.flip(array(weight), plane_arrays(control, planes))
 
 
 @torch.library.custom_op("onebit::discard", mutates_args=("control", "planes"), device_types="cpu")
 def discard(control: Tensor, planes: Sequence[Tensor]) -> None:
     """Forget this step's sums; the votes stay in the residual and no code moves."""
-    _core.discard(_plane_arrays(control, planes))
+    _core.discard(plane_arrays(control, planes))
 
 
 @torch.library.custom_op(
@@ -239,58 +302,3 @@ def scale_step(scale: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
 
 for _op in (flip, discard, scale_step):
     _op.register_fake(lambda *arguments: None)
-
-
-@torch.library.custom_op("onebit::shadow_linear", mutates_args=(), device_types="cpu")
-def shadow_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, control: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The hybrid baseline: absmean codes of a float weight (N, K) at every forward, then the ternary product.
-
-    Returns y (..., N), the codes (tile16), their scale (1,), xq (M, padded K) int8 and sx (M,) float32.
-    """
-    packed, scale = _core.absmean(array(weight.contiguous()))
-    y, xq, sx = _linear_outputs(x, weight.shape[0], True)
-    rows = _rows(x)
-    offset = None if bias is None else array(bias.float())
-    out = array(y.view(rows.shape[0], weight.shape[0]))
-    _core.linear_forward(array(rows), packed, scale, weight.shape[0], offset, out=out, xq=array(xq), sx=array(sx))
-    return y, torch.from_numpy(packed), torch.from_numpy(scale), xq, sx
-
-
-@shadow_linear.register_fake
-def _(x, weight, bias, control):
-    n, k = weight.shape
-    packed = weight.new_empty(((n + 63) // 64, (k + 15) // 16, 4, 16, 4), dtype=torch.uint8)
-    y, xq, sx = _linear_outputs(x, n, True)
-    return y, packed, weight.new_empty((1,), dtype=torch.float32), xq, sx
-
-
-def _shadow_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, weight, bias, control = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
-    ctx.control, ctx.in_features, ctx.dtype = control, weight.shape[1], weight.dtype
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _shadow_backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    if dy is None:
-        return None, None, None, None
-    _refuse_double_backward()
-    packed, scale, xq, sx = ctx.saved_tensors
-    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    dx = dw = db = None
-    rows = _rows(dy)
-    if need_x:
-        dx = linear_backward_input(dy, packed, scale, ctx.control, ctx.in_features)
-    if need_weight:
-        dw = ((rows.float() * sx[:, None]).t() @ xq[:, : ctx.in_features].float()).to(ctx.dtype)
-    if need_bias:
-        db = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    ctx.control.narrow(0, CONTROL["micro"], 1).add_(1.0)
-    return dx, dw, db, None
-
-
-shadow_linear.register_autograd(_shadow_backward, setup_context=_shadow_setup)

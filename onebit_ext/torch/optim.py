@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from . import ops
 from .nn import BitLinear, layer_of, plane_list
-from .planes import CONTROL, check, choose_rule, control_of, field, new_planes, nonfinite
+from .planes import CONTROL, check, choose_rule, control_of, field, new_planes, nonfinite, repool, rotate
+from .stats import layer_stats
 
 DEFAULT_CAP = 0.025
 
@@ -50,7 +51,10 @@ class FlipOptimizer(torch.optim.Optimizer):
         scale_lr: Adam of the scales (param group 1), relative to each layer's first scale.  0: codes only.
         betas: decays of both Adams; the second also of the flip rule's factors.
         recipe: "finetune" (residual), "pretrain" (residual and momentum), "frozen" (codes stay: a control).
-        residual_bits, momentum_bits: override the recipe's.
+        residual_bits (16, 8, 4, 2), momentum_bits (0, 4, 8): override the recipe's.
+        rule: a name of `onebit_ext.RULES` instead of bits.
+        stripes, stripe_steps: block-cyclic training.  Only the rows n % stripes == stripe are in training and have
+            planes; after stripe_steps steps of a layer the next stripe's turn comes.  None: `cosine_schedule` sets it.
         flip_rate_cap: share of codes a layer may flip per step before the guard slows it; None: 2.5 %; 0: no guard.
         seed: of all stochastic rounding.
         on_nonfinite: "raise" FloatingPointError in step() before any write, or "skip" what is not finite and count it
@@ -78,6 +82,9 @@ class FlipOptimizer(torch.optim.Optimizer):
         flip_rate_cap: float | None = None,
         seed: int = 0,
         on_nonfinite: str = "raise",
+        rule: str | None = None,
+        stripes: int = 1,
+        stripe_steps: int | None = None,
     ) -> None:
         rates = {"lr": lr, "float_lr": float_lr, "scale_lr": scale_lr, "weight_decay": weight_decay}
         for name, value in {**rates, "flip_rate_cap": flip_rate_cap or 0.0}.items():
@@ -89,7 +96,12 @@ class FlipOptimizer(torch.optim.Optimizer):
             raise ValueError(f"FlipOptimizer: 'on_nonfinite' must be 'raise' or 'skip', got {on_nonfinite!r}")
         if not 0 <= seed < 2**53:
             raise ValueError(f"FlipOptimizer: 'seed' must be in [0, 2^53), got {seed!r}")
-        self.rule = choose_rule(recipe, residual_bits, momentum_bits)
+        if stripes < 1 or (stripe_steps is not None and stripe_steps < 1):
+            raise ValueError(
+                f"FlipOptimizer: 'stripes' and 'stripe_steps' must be at least 1, got {stripes!r}, {stripe_steps!r}"
+            )
+        self.rule = self._choose_rule(recipe, residual_bits, momentum_bits, rule)
+        self.stripes, self._stripe_steps = stripes, stripe_steps
         self.seed, self.on_nonfinite = seed, on_nonfinite
         self.nonfinite_skipped = 0
         self.grad_scaler: torch.amp.GradScaler | None = None
@@ -99,6 +111,9 @@ class FlipOptimizer(torch.optim.Optimizer):
         self._adamw = torch.optim.AdamW([torch.zeros(1)])
         defaults = self._adamw.defaults | {"betas": tuple(betas), "weight_decay": 0.0, "flip_rate_cap": flip_rate_cap}
         super().__init__(self._groups(params), defaults)
+
+    def _choose_rule(self, *given: Any) -> str | None:
+        return choose_rule(*given)
 
     # ------------------------------------------------------------------ parameters
     def _groups(self, params: nn.Module | Iterable[Any]) -> list[dict[str, Any]]:
@@ -124,7 +139,7 @@ class FlipOptimizer(torch.optim.Optimizer):
             options = {"lr": self._rates["float_lr"]} | {k: v for k, v in group.items() if k != "params"}
             floats += [options | {"params": p, "weight_decay": d, "kind": "floats"} for p, d in parts if p]
         return [
-            {"params": [*codes.values()], "lr": self._rates["lr"], "kind": "codes"},
+            {"params": [*codes.values()], "lr": self._rates["lr"], "kind": "codes", "stripe_steps": self._stripe_steps},
             {"params": [*scales.values()], "lr": self._rates["scale_lr"], "kind": "scales"},
             *floats,
         ]
@@ -170,18 +185,20 @@ class FlipOptimizer(torch.optim.Optimizer):
         self._layers.append(layer)
         self._names.setdefault(layer, f"layer {len(self._layers) - 1}")
         self.state[weight]["draws"] = layer.control
-        layer._planes = None
-        if layer.scale.requires_grad:
+        layer.attach(None)
+        if layer.scale.requires_grad and self.rule is not None:
             self._make_planes(layer)
 
+    def _group_of(self, layer: BitLinear) -> _CodesGroup:
+        return next(group for group in self._codes_groups() if any(p is layer.weight for p in group["params"]))
+
     def _make_planes(self, layer: BitLinear) -> None:
-        if self.rule is None:
-            return
-        group = next(group for group in self._codes_groups() if any(p is layer.weight for p in group["params"]))
-        options = {"seed": self.seed, "layer": self._layers.index(layer), "eta": float(group["lr"])}
+        assert self.rule is not None
+        group = self._group_of(layer)
+        options = {"seed": self.seed, "layer": self._layers.index(layer), "stripes": self.stripes}
         state = self.state[layer.weight]
-        state.update(new_planes(layer, self.rule, betas=group["betas"], **options))
-        layer._planes = state
+        state.update(new_planes(layer, self.rule, betas=group["betas"], eta=float(group["lr"]), **options))
+        layer.attach(state, self.rule)
 
     def _codes_groups(self) -> list[_CodesGroup]:
         return [group for group in self.param_groups if isinstance(group, _CodesGroup)]
@@ -198,6 +215,10 @@ class FlipOptimizer(torch.optim.Optimizer):
         """Share of all codes that the last step moved."""
         total = sum(layer.in_features * layer.out_features for layer in self._layers)
         return sum(field(control_of(layer), "moved") for layer in self._layers) / max(total, 1)
+
+    def stats(self) -> list[dict[str, Any]]:
+        """What a logger wants to know of each layer; see `layer_stats`."""
+        return [layer_stats(layer, self._names[layer]) for layer in self._layers]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -226,11 +247,20 @@ class FlipOptimizer(torch.optim.Optimizer):
     def _check_links(self) -> None:
         for layer in self._layers:
             state = self.state.get(layer.weight, {})
-            if "draws" not in state or ("residual" in state and layer._planes is not state):
+            if "draws" not in state or not self._linked(layer, state):
                 raise RuntimeError(
                     f"FlipOptimizer: {self._names[layer]!r} is no longer this optimizer's: its codes were replaced "
                     "(load_state_dict(assign=True)?) or another optimizer took the layer"
                 )
+
+        if any(group["stripe_steps"] is None for group in self._codes_groups()) and self.stripes > 1:
+            raise RuntimeError(
+                f"FlipOptimizer: stripes={self.stripes} needs stripe_steps; give it, or call cosine_schedule"
+            )
+
+    @staticmethod
+    def _linked(layer: BitLinear, state: dict[str, Any]) -> bool:
+        return "control" not in state or layer._planes is state
 
     @staticmethod
     def _discard(layer: BitLinear) -> None:
@@ -302,17 +332,23 @@ class FlipOptimizer(torch.optim.Optimizer):
     def _flip(self, bad: list[BitLinear]) -> None:
         grown = False
         for layer in self._layers:
-            if layer._planes is None:
+            if self.state[layer.weight].keys() == {"draws"}:
                 if self.rule is not None and layer.scale.requires_grad:  # thawed after the optimizer was made
                     self._make_planes(layer)
                     grown = True
             elif layer in bad:
                 self._discard(layer)
             else:
-                ops.array(layer._planes["control"])[CONTROL["moved"]] = 0
-                ops.flip(layer.weight, layer._planes["control"], plane_list(layer._planes))
+                control_of(layer)[CONTROL["moved"]] = 0
+                self._flip_layer(layer)
         if grown:
             self._refresh_controls()
+
+    def _flip_layer(self, layer: BitLinear) -> None:
+        planes = self.state[layer.weight]
+        ops.flip(layer.weight, planes["control"], plane_list(planes))
+        if self.stripes > 1:
+            rotate(layer, planes, self._group_of(layer)["stripe_steps"])
 
     # ------------------------------------------------------------------ saving
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -324,16 +360,21 @@ class FlipOptimizer(torch.optim.Optimizer):
         for state in self.state.values():  # torch keeps the caller's tensors, and we write in place
             state.update({name: value.clone() for name, value in state.items() if isinstance(value, Tensor)})
         for layer in self._layers:
-            state = self.state[layer.weight]
-            layer.control = state["draws"]
-            layer._planes = state if "residual" in state else None
+            self._link(layer, self.state[layer.weight])
         self._refresh_controls()
+
+    def _link(self, layer: BitLinear, state: dict[str, Any]) -> None:
+        """The layer votes into loaded planes."""
+        trains = "control" in state
+        if trains:
+            state.update(repool(layer, state))
+        layer.control = state["draws"]
+        layer.attach(state if trains else None, self.rule)
 
     def _check_state(self, state_dict: dict[str, Any]) -> None:
         kinds = [group.get("kind") for group in state_dict["param_groups"]]
         if kinds != [group["kind"] for group in self.param_groups]:
             raise ValueError(f"FlipOptimizer: the state has param groups {kinds}, not this optimizer's")
-        rule = set() if self.rule is None else set(ops.PLANES[: 8 if "momentum" in self.rule else 6]) | {"control"}
         for mine, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             if mine["kind"] != "codes" or len(mine["params"]) != len(saved["params"]):
                 continue  # torch names a wrong length
@@ -341,8 +382,7 @@ class FlipOptimizer(torch.optim.Optimizer):
                 layer = layer_of(weight)
                 assert layer is not None
                 planes = state_dict["state"].get(key, {})
-                where = f"FlipOptimizer: state of {self._names[layer]!r}"
-                if set(planes) not in ({"draws"}, rule | {"draws"}):
-                    raise ValueError(f"{where} must hold the planes of {self.rule}, got {sorted(planes)}")
-                for name, value in planes.items():
-                    check(layer, name, value, where)
+                self._check_planes(layer, planes, f"FlipOptimizer: state of {self._names[layer]!r}")
+
+    def _check_planes(self, layer: BitLinear, planes: dict[str, Any], where: str) -> None:
+        check(layer, planes, self.rule, self.stripes, where)

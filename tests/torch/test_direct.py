@@ -25,7 +25,7 @@ def make(n: int, k: int, bias: torch.dtype | None, scale: str) -> BitLinear:
 def test_the_operators_bits(dtype: torch.dtype, shape: tuple[int, ...], bias: torch.dtype | None, scale: str) -> None:
     layer = make(70, 37, bias, scale)
     x = torch.randn(*shape[:-1], 74, dtype=dtype)[..., ::2]  # not contiguous
-    wanted, _, _ = ops.linear(x, layer.weight, layer.scale, layer.bias, 70, False, layer.control, [])
+    wanted, _, _ = ops.linear(x, layer.weight, layer.scale, layer.bias, 70, False, layer.control, [], None)
     for context in (torch.no_grad, torch.inference_mode):
         with context():
             assert direct.possible(x)
@@ -95,7 +95,7 @@ def test_new_memory_is_noticed() -> None:
             lambda: layer.load_state_dict(make(64, 64, None, "row").state_dict()),
         ):
             change()
-            wanted, _, _ = ops.linear(x, layer.weight, layer.scale, None, 64, False, layer.control, [])
+            wanted, _, _ = ops.linear(x, layer.weight, layer.scale, None, 64, False, layer.control, [], None)
             assert torch.equal(layer(x), wanted)
         twin = copy.deepcopy(layer)
         assert twin._views is None and pickle.loads(pickle.dumps(layer))._views is None

@@ -6,13 +6,13 @@ import hashlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..memory import gradient_bytes, state_bytes, weight_count
 from .model import ByteTransformer
 
 BATCH = 8  # windows per step
@@ -99,37 +99,6 @@ def train(model: ByteTransformer, optimizer: torch.optim.Optimizer, plan: Plan, 
     run.step_seconds, run.seconds = statistics.median(times), time.perf_counter() - start
     run.state_bytes_per_weight = state_bytes(model, optimizer) / weight_count(model)
     return run
-
-
-def weight_count(model: ByteTransformer) -> int:
-    """Ternary weights."""
-    return sum(layer.in_features * layer.out_features for layer in model.linears())
-
-
-def state_bytes(model: ByteTransformer, optimizer: torch.optim.Optimizer | None) -> int:
-    """Live bytes of the ternary layers between two steps: weights and optimizer state."""
-    storages: dict[int, int] = {}
-    for layer in model.linears():
-        owned = [optimizer.state.get(p) for p in layer.parameters()] if optimizer else []
-        for tensor in _tensors([vars(layer), owned]):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
-def gradient_bytes(model: ByteTransformer) -> int:
-    """Bytes of the ternary layers' gradients after a backward."""
-    return sum(p.grad.nbytes for layer in model.linears() for p in layer.parameters() if p.grad is not None)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
 
 
 def fingerprints(model: nn.Module) -> dict[str, str]:

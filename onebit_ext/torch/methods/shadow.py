@@ -1,7 +1,8 @@
-"""prepare(): a model and its optimizer, by method; ShadowLinear, the hybrid baseline."""
+"""Method "shadow": the hybrid baseline, a float weight that is quantised at every forward and trained by AdamW."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -10,12 +11,9 @@ from torch import Tensor, nn
 
 from onebit_ext import _core
 
-from . import ops
-from .nn import BitLinear
-from .optim import FlipOptimizer
-from .swap import convert, linear_layers, replace_linear, swap
-
-METHODS = ("residual", "frozen", "shadow")
+from ..dense import absmean, dense_linear
+from ..nn import BitLinear
+from ..swap import convert, linear_layers, swap
 
 
 class ShadowLinear(nn.Module):
@@ -50,49 +48,27 @@ class ShadowLinear(nn.Module):
             raise TypeError(f"ShadowLinear: input must be float32 or bfloat16, got {x.dtype}")
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"ShadowLinear: input must be of shape (..., {self.in_features}), got {tuple(x.shape)}")
-        return ops.shadow_linear(x, self.weight, self.bias, self.control)[0]
+        packed, scale = absmean(self.weight.detach())
+        return dense_linear(x, packed, scale, self.bias, self.weight, self.control)[0]
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
-def prepare(
-    model: nn.Module,
-    method: str = "residual",
-    lr: float | None = None,
-    float_lr: float = 1e-3,
-    scale_lr: float = 1e-4,
-    skip: Sequence[str] = ("lm_head",),
-    residual_bits: int | None = None,
-    momentum_bits: int | None = None,
-    shadow_dtype: torch.dtype = torch.float32,
-    **options: Any,
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Swap the linear layers of `model` and make its optimizer.
-
-    Methods: "residual" (ours; lr is eta, default .03), "frozen" (codes stay; scales and floats train), "shadow" (float
-    weights of `shadow_dtype` under AdamW; lr default 1e-3).  `options` go to the optimizer.
-    """
-    if method not in METHODS:
-        raise ValueError(f"prepare: 'method' must be one of {METHODS}, got {method!r}")
-    if method == "shadow":
-        model = _shadows(model, skip, shadow_dtype)
-        layers = [module for module in model.modules() if isinstance(module, ShadowLinear)]
-        shadows = [layer.weight for layer in layers]
-        known = {id(weight) for weight in shadows}
-        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-        groups = [{"params": shadows, "lr": 1e-3 if lr is None else lr}, {"params": rest, "lr": float_lr}]
-        options.setdefault("betas", (0.9, 0.95))
-        options.setdefault("weight_decay", 0.0)
-        return model, torch.optim.AdamW([group for group in groups if group["params"]], **options)
-    model = replace_linear(model, skip)
-    options |= {"residual_bits": residual_bits, "momentum_bits": momentum_bits}
-    if method == "frozen":
-        options["recipe"] = "frozen"
-    return model, FlipOptimizer(model, 0.03 if lr is None else lr, float_lr, scale_lr, **options)
+def shadow_optimizer(
+    model: nn.Module, lr: float, float_lr: float, betas: tuple[float, float] = (0.9, 0.95), **options: Any
+) -> torch.optim.AdamW:
+    """AdamW with the shadows in group 0 at lr, every other parameter at float_lr; without decay unless told."""
+    shadows = [module.weight for module in model.modules() if isinstance(module, ShadowLinear)]
+    known = {id(weight) for weight in shadows}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    groups = [{"params": shadows, "lr": lr}, {"params": rest, "lr": float_lr}]
+    options = {"weight_decay": 0.0} | options
+    return torch.optim.AdamW([group for group in groups if group["params"]], betas=betas, **options)
 
 
-def _shadows(model: nn.Module, skip: Sequence[str], dtype: torch.dtype) -> nn.Module:
+def replace_with_shadows(model: nn.Module, skip: Sequence[str], dtype: torch.dtype) -> nn.Module:
+    """Every linear layer, ternary ones too, becomes a ShadowLinear of `dtype`; in place, as `replace_linear`."""
     targets = dict(linear_layers(model, skip))
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, BitLinear):
@@ -106,3 +82,23 @@ def _shadows(model: nn.Module, skip: Sequence[str], dtype: torch.dtype) -> nn.Mo
         return ShadowLinear(module.weight.detach().to(dtype), module.bias)
 
     return swap(model, targets, make)
+
+
+def eta_from_hybrid(model: nn.Module, lr: float) -> float:
+    """eta in cells per step that moves codes as fast as AdamW with `lr` moved a float shadow: lr / mean|W|.
+
+    mean|W| is over all ternary layers of a model, or over one layer; for codes it is their scale, as absmean sets
+    it.  Before the layers are swapped, over every `nn.Linear`.  ValueError if there is none, or they are all zero.
+    """
+    if not (math.isfinite(lr) and lr >= 0):
+        raise ValueError(f"eta_from_hybrid: 'lr' must be finite and not negative, got {lr!r}")
+    ternary = [module for module in model.modules() if isinstance(module, (BitLinear, ShadowLinear))]
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    total = count = 0.0
+    for layer in ternary or linear:
+        weights = layer.in_features * layer.out_features
+        mean = layer.scale if isinstance(layer, BitLinear) else layer.weight.abs()
+        total, count = total + weights * float(mean.detach().float().mean()), count + weights
+    if not total > 0:
+        raise ValueError("eta_from_hybrid: there is no linear layer with weights")
+    return lr * count / total
