@@ -82,9 +82,8 @@ def core_memory(step: Callable[[], None]) -> int:
     return int(_core.memory()["largest"]) // 2
 
 
-def training_step(method: str, recipe: str = "finetune") -> Callable[[], None]:
-    options = {"recipe": recipe} if method == "residual" else {}
-    model, optimizer = prepare(nn.Sequential(nn.Linear(K, N), nn.Tanh(), nn.Linear(N, 9)), method, **options)
+def training_step(**options: Any) -> Callable[[], None]:
+    model, optimizer = prepare(nn.Sequential(nn.Linear(K, N), nn.Tanh(), nn.Linear(N, 9)), **options)
     x = torch.randn(M, K, requires_grad=True)
 
     def step() -> None:
@@ -99,10 +98,18 @@ def training_step(method: str, recipe: str = "finetune") -> Callable[[], None]:
 DETECTORS = [operators, saved_tensors, torch_memory, python_memory, core_memory]
 
 
-@pytest.mark.parametrize("recipe", ["finetune", "pretrain", "frozen"])
+WAYS: list[dict[str, Any]] = [
+    *({"rule": rule} for rule in _core.RULES),
+    {"stripes": 2, "stripe_steps": 2},
+    {"stripes": 3, "stripe_steps": 1, "rule": "residual4"},
+    {"method": "frozen"},
+]
+
+
+@pytest.mark.parametrize("options", WAYS, ids=str)
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_no_float_of_the_weights_shape(detector: Callable[[Callable[[], None]], int], recipe: str) -> None:
-    step = training_step("residual", recipe)
+def test_no_float_of_the_weights_shape(detector: Callable[[Callable[[], None]], int], options: dict[str, Any]) -> None:
+    step = training_step(**options)
     for _ in range(2):
         assert detector(step) < N * K
 
