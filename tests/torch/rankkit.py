@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from onebit_ext import _core
-from onebit_ext.torch import BitLinear, FlipOptimizer, distributed, ops, replace_linear
+from onebit_ext.torch import BitLinear, FlipOptimizer, LatentAdam, distributed, ops, replace_linear
 
 C = _core.CONTROL
 OPTIONS = torchkit.OPTIONS | {"lr": 0.2, "flip_rate_cap": 0.3}
@@ -75,18 +75,22 @@ def same_data(rank: int, world: int, folder: Path) -> Any:
     return {"residual": planes(model)[0]["residual"], "input gradient": embedded.grad}
 
 
-def flip_optimizer(rank: int, world: int, folder: Path, parts: int = 1) -> Any:
+def flip_optimizer(rank: int, world: int, folder: Path, parts: int = 1, **options: Any) -> Any:
     distributed.configure(check_every=2)
     net = torchkit.net(3 + rank)  # DDP brings rank 0's parameters
     model = DistributedDataParallel(net)
     start = net.up.codes()
-    optimizer = FlipOptimizer(net, **OPTIONS)
+    optimizer = FlipOptimizer(net, **OPTIONS, **options)
     train(model, optimizer, 0, 12, rank, parts)
     return {"changed": not torch.equal(start, net.up.codes()), **torchkit.snapshot(net, optimizer)}
 
 
 def accumulated(rank: int, world: int, folder: Path) -> Any:
     return flip_optimizer(rank, world, folder, 3)
+
+
+def striped(rank: int, world: int, folder: Path) -> Any:
+    return flip_optimizer(rank, world, folder, 2, rule="byte", stripes=3, stripe_steps=5)
 
 
 def sixteen_bits(rank: int, world: int, folder: Path) -> Any:
@@ -173,6 +177,9 @@ def errors(rank: int, world: int, folder: Path) -> Any:
         found["fewer ranks"] = _message(lambda: train(model, optimizer, 3, 4, 0))
     optimizer = FlipOptimizer(torchkit.net(), **OPTIONS, recipe="pretrain")
     found["momentum"] = _message(lambda: train(nn.Module(), optimizer, 0, 0, 0) or optimizer.step())
+    for rule in ("residual4", "stochastic"):
+        found[rule] = _message(FlipOptimizer(torchkit.net(), **OPTIONS, rule=rule).step)
+    found["optimizer"] = _message(LatentAdam(torchkit.net()).step)
     model = torchkit.net()
     optimizer = FlipOptimizer(model, **OPTIONS)
     torchkit.loss_of(model, 0).backward()

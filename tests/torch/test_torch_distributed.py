@@ -23,6 +23,7 @@ SCENARIOS = (
     "before_and_after",
     "same_data",
     "sixteen_bits",
+    "striped",
     "flip_optimizer",
     "accumulated",
     "auto",
@@ -111,7 +112,7 @@ def strip(result: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in result.items() if isinstance(value, torch.Tensor)}
 
 
-@pytest.mark.parametrize("scenario", ["flip_optimizer", "accumulated", "auto"])
+@pytest.mark.parametrize("scenario", ["flip_optimizer", "accumulated", "striped", "auto"])
 def test_ranks_stay_identical(results: Callable[[str], list[Any]], scenario: str) -> None:
     first, second = results(scenario)
     assert first["changed"] and len(strip(first)) > 10
@@ -130,6 +131,9 @@ def test_resume_on_as_many_ranks_is_exact(results: Callable[[str], list[Any]]) -
         ("more ranks", "trained by 1 rank(s), now there are 2"),
         ("fewer ranks", "trained by 2 rank(s), now there are 1"),
         ("momentum", "no momentum can be combined"),
+        ("residual4", "2 ranks: only rules with an integer residual and no momentum can be combined"),
+        ("stochastic", "2 ranks: only rules with an integer residual and no momentum can be combined"),
+        ("optimizer", "method 'optimizer' does not train across ranks"),
         ("never combined", "votes of 2 ranks were never combined"),
         ("non-finite", "FloatingPointError: FlipOptimizer: non-finite gradient in 'up', 'down'"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..planes import CONTROL, check_kind, control_of, field
 from ..ranks import world_size
 
 
-class DenseOptimizer(FlipOptimizer):
+class DenseOptimizer(FlipOptimizer, abc.ABC):
     """A FlipOptimizer whose codes move by an update of their dense gradient dL/dW, float32 (N, K), instead of votes.
 
     Scales, float parameters, groups, resuming and non-finite gradients are FlipOptimizer's; seed, caps and stripes mean
@@ -96,6 +97,6 @@ class DenseOptimizer(FlipOptimizer):
         control[CONTROL["moved"]] = int((moved != codes).sum())
         layer.weight.copy_(torch.from_numpy(_core.pack(ops.array(moved))))
 
+    @abc.abstractmethod
     def _moves(self, layer: BitLinear, state: dict[str, Tensor], codes: Tensor, grad: Tensor) -> Tensor:
         """int8 (N, K) in -1, 0, 1: which cells the codes should move; those beyond +-1 are refused."""
-        raise NotImplementedError
