@@ -44,7 +44,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, time, width = x.shape
         qkv = self.qkv(self.norm_qkv(x)).view(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = _rotate(qkv[:2], cos, sin)
+        q, k = _rotate(qkv[:2], cos.to(qkv.dtype), sin.to(qkv.dtype))
         y = F.scaled_dot_product_attention(q, k, qkv[2], is_causal=True)
         x = x + self.out(self.norm_out(y.transpose(1, 2).reshape(batch, time, width)))
         gate, up = self.gate_up(self.norm_up(x)).chunk(2, -1)
