@@ -152,10 +152,12 @@ def test_full_micro_batch(isa: str) -> None:
     assert_same_bits(outputs(_core, problem, 1), outputs(Oracle, problem, 1), isa)
 
 
+@pytest.mark.parametrize("vote_plane", [False, True])
 @pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize("name", ISAS)
-def test_signature(name: str, threads: int) -> None:
+def test_signature(name: str, threads: int, vote_plane: bool) -> None:
     """200 steps of a fixed tiny model end in the same bits on every machine."""
     _core.force_isa(name)
     _core.set_num_threads(threads)
-    assert onebit_ext.signature() == json.loads(GOLDEN.read_text())["signature"]
+    golden = json.loads(GOLDEN.read_text())["signature with vote plane" if vote_plane else "signature"]
+    assert onebit_ext.signature(vote_plane) == golden

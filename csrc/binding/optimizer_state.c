@@ -9,6 +9,16 @@
 static const char *const moment_names[OB_MOMENTS] = {
     "scale_exp_avg", "scale_exp_avg_sq", "bias_exp_avg", "bias_exp_avg_sq", "bias_powers"};
 
+/* Borrowed; NULL if there is none, or with an exception */
+static PyObject *
+item_of(PyObject *dict, const char *name)
+{
+    PyObject *key = PyUnicode_FromString(name);
+    PyObject *value = key != NULL ? PyDict_GetItemWithError(dict, key) : NULL;
+    Py_XDECREF(key);
+    return value;
+}
+
 size_t
 ob_slot_arrays(const ob_slot *slot, const char *names[OB_SLOT_ARRAYS],
                PyArrayObject *arrays[OB_SLOT_ARRAYS])
@@ -102,7 +112,7 @@ slot_state(const ob_slot *slot)
         Py_XDECREF(copy);
     }
     if (state != NULL && view->votes != NULL && view->control[OB_CTL_MICRO] > 0) {
-        PyObject *votes = PyDict_GetItemString(slot->planes, VOTES);
+        PyObject *votes = item_of(slot->planes, VOTES);
         PyObject *copy = votes != NULL ? PyArray_NewCopy((PyArrayObject *)votes, NPY_CORDER) : NULL;
         if (copy == NULL || PyDict_SetItemString(state, VOTES, copy) < 0) {
             Py_CLEAR(state);
@@ -143,9 +153,7 @@ ob_optimizer_state_dict(PyObject *object, PyObject *Py_UNUSED(none))
 static PyObject *
 field(const ob_call *call, PyObject *state, const char *name)
 {
-    PyObject *key = PyUnicode_FromString(name);
-    PyObject *value = key != NULL ? PyDict_GetItemWithError(state, key) : NULL;
-    Py_XDECREF(key);
+    PyObject *value = item_of(state, name);
     if (value == NULL && !PyErr_Occurred()) {
         ob_fail(call, PyExc_ValueError, "'state' lacks the key '%s'", name);
     }
@@ -182,22 +190,20 @@ take_stripe(const ob_slot *slot, PyObject *state, ob_call *call, ob_spare *spare
 
 /* Votes held between micro-batches: 1 if the state has them, 0 if it needs none, -1 with an exception */
 static int
-take_votes(const ob_slot *slot, PyObject *state, ob_call *call, PyArrayObject **source)
+take_votes(const ob_slot *slot, PyObject *state, ob_call *call, double micro,
+           PyArrayObject **source)
 {
-    PyObject *mine = PyDict_GetItemString(slot->planes, VOTES);
-    PyObject *item = PyDict_GetItemString(state, VOTES);
-    const double *control = PyArray_DATA((PyArrayObject *)PyDict_GetItemString(state, "control"));
-    if (mine == NULL && item != NULL) {
+    PyObject *mine = item_of(slot->planes, VOTES), *item = item_of(state, VOTES);
+    if (PyErr_Occurred()) {
+        return -1;
+    }
+    if ((mine == NULL && item != NULL) || (mine != NULL && item == NULL && micro > 0)) {
         return ob_fail(call, PyExc_ValueError,
-                       "'state' was saved between micro-batches of an optimizer with "
-                       "vote_plane=True, and this one has no such plane");
+                       "'state' was saved between micro-batches of an optimizer %s a vote plane, "
+                       "and this one has %s",
+                       mine == NULL ? "with" : "without", mine == NULL ? "none" : "one");
     }
     if (item == NULL) {
-        if (mine != NULL && control[OB_CTL_MICRO] > 0) {
-            return ob_fail(call, PyExc_ValueError,
-                           "'state' was saved between micro-batches of an optimizer without "
-                           "vote_plane=True, which this one has");
-        }
         return 0;
     }
     if (ob_take_array(call, item, VOTES, ob_spec_like((PyArrayObject *)mine)) == NULL) {
@@ -214,18 +220,23 @@ take_slot(const ob_slot *slot, PyObject *state, ob_call *call, PyArrayObject **s
     const char *names[OB_SLOT_ARRAYS];
     PyArrayObject *arrays[OB_SLOT_ARRAYS];
     const size_t count = ob_slot_arrays(slot, names, arrays);
+    double micro = 0.0;
     for (size_t i = 0; i < count; i++) {
         PyObject *item = field(call, state, names[i]);
-        int fits = item != NULL &&
-                   (strcmp(names[i], "control") == 0
-                        ? ob_take_control(call, item, names[i], 0) != NULL
-                        : ob_take_array(call, item, names[i], ob_spec_like(arrays[i])) != NULL);
-        if (!fits) {
+        if (item != NULL && strcmp(names[i], "control") == 0) {
+            const double *control = ob_take_control(call, item, names[i], 0);
+            if (control == NULL) {
+                return -1;
+            }
+            micro = control[OB_CTL_MICRO];
+        }
+        else if (item == NULL ||
+                 ob_take_array(call, item, names[i], ob_spec_like(arrays[i])) == NULL) {
             return -1;
         }
         sources[i] = (PyArrayObject *)Py_NewRef(item);
     }
-    int votes = take_votes(slot, state, call, &sources[OB_SLOT_ARRAYS - 1]);
+    int votes = take_votes(slot, state, call, micro, &sources[OB_SLOT_ARRAYS - 1]);
     if (votes >= 0 && (size_t)PyDict_GET_SIZE(state) != count + (size_t)votes) {
         return ob_fail(call, PyExc_ValueError, "'state' must hold %zu arrays per layer, got %zd",
                        count, PyDict_GET_SIZE(state));
