@@ -44,8 +44,8 @@ const char *ob_rule_name(ob_rule rule);
 int ob_rule_residual_bits(ob_rule rule);
 int ob_rule_momentum_bits(ob_rule rule); /* 0: no momentum plane */
 int ob_rule_units(ob_rule rule);         /* residual units per cell */
-int
-ob_rule_moves_in_vote(ob_rule rule); /* 1: ob_vote writes codes, so planes->codes must be given */
+int ob_rule_moves_in_vote(
+    ob_rule rule); /* 1: ob_vote writes planes->codes, which must be given without a vote plane */
 /* Bytes of a row of the residual and of the momentum plane for K inputs. */
 size_t ob_rule_residual_row_bytes(ob_rule rule, size_t k);
 size_t ob_rule_momentum_row_bytes(ob_rule rule, size_t k);
@@ -102,7 +102,14 @@ typedef struct
     float *col_sum;           /* (K,) likewise mean_n g^2 */
     float *sketch;            /* (N',) z: sum over micro-batches of sum_k t_k g_nk, t = +-1 */
     double *control;          /* (OB_CONTROL_LEN,) */
+    int16_t *votes; /* (N', K) sum of this step's votes, zero between steps; NULL: none is kept */
 } ob_planes;
+
+/* With a vote plane every rule works alike: ob_vote adds u, clamped to +-OB_VOTE_LIMIT, to it in units of
+ * 1 / OB_VOTE_UNITS and moves nothing else; ob_flip casts the sum as one vote, takes the factors of the step from it
+ * and leaves it zero.  So micro-batches are one batch, up to that grid. */
+#define OB_VOTE_UNITS 1024
+#define OB_VOTE_LIMIT 31
 
 /* Rows that own planes: N, or ceil((N - stripe) / stripes) when training is block-cyclic. */
 size_t ob_active_rows(size_t n, size_t stripes, size_t stripe);
@@ -125,7 +132,7 @@ ob_status ob_linear_backward_input(const ob_weights *w, size_t m, ob_dtype dt, c
                                    void *dx, const double *control, size_t *nonfinite);
 
 /* The weight side of the backward: hq = SR(dy * sx) per output column over the tokens, acc = hq^T . xq in registers,
- * never stored; from each tile the votes (planes->residual or ->momentum), row_sum, col_sum, sketch, and
+ * never stored; from each tile the votes (planes->votes, else ->residual or ->momentum), row_sum, col_sum, sketch, and
  *   ds[n or 0] += sum_k T_nk dW_nk     db[n] += sum_m dy_mn        (NULL: not wanted)
  * planes NULL: no votes and no sums, `control` (required then) gives the random stream.  With planes, their control is
  * used, and MICRO grows by ceil(M / OB_TOKENS_PER_VOTE).  If STEP is 0 the layer only measures.
@@ -135,12 +142,14 @@ ob_status ob_vote(const ob_weights *w, size_t m, ob_dtype dt, const void *dy, co
                   const float *sx, ob_planes *planes, const double *control, float *ds, float *db,
                   size_t *nonfinite);
 
-/* One optimizer step of a layer's codes: momentum into the residual (if the rule has one), residual into the codes,
- * factors from the sums, guard, counters; sums are cleared.  MICRO = 0 (layer unused): nothing changes.
+/* One optimizer step of a layer's codes: held votes into the rule's planes, momentum into the residual (if the rule has
+ * one), residual into the codes, factors from the sums, guard, counters; sums are cleared.  MICRO = 0 (layer unused):
+ * nothing changes.
  * packed as in ob_weights, written.  *moved: codes that changed. */
 ob_status ob_flip(size_t n, size_t k, uint8_t *packed, ob_planes *planes, uint64_t *moved);
 
-/* Forget this step's sums without moving a code (a GradScaler skipped the step).  Votes stay in the residual. */
+/* Forget this step's sums without moving a code (a GradScaler skipped the step).  Votes stay in the residual; those in
+ * a vote plane are forgotten too. */
 void ob_discard(size_t n, size_t k, ob_planes *planes);
 
 /* A residual as training starts: zero, but uniform within .3 cell below 8 bits, so that

@@ -62,9 +62,16 @@ def new_planes(
     clip: float = 3.0,
     betas: tuple[float, float] = (0.9, 0.95),
     scale_init: float = 1.0,
+    vote_plane: bool = False,
 ) -> Planes: ...
 def plane_specs(
-    out_features: int, in_features: int, rule: str = "residual8", *, stripes: int = 1, stripe: int = 0
+    out_features: int,
+    in_features: int,
+    rule: str = "residual8",
+    *,
+    stripes: int = 1,
+    stripe: int = 0,
+    vote_plane: bool = False,
 ) -> dict[str, tuple[tuple[int, ...], Any]]: ...  # name -> (shape, dtype)
 def saturated(packed: Array, planes: Planes) -> int: ...
 def new_control(
@@ -194,6 +201,8 @@ class FlipOptimizer:
     def stripes(self) -> int: ...
     @property
     def stripe(self) -> int: ...
+    @property
+    def vote_plane(self) -> bool: ...
     def __init__(
         self,
         layers: Sequence[TernaryLinear],
@@ -208,6 +217,7 @@ class FlipOptimizer:
         bias_lr: float = 1e-3,
         rule: str | None = None,
         stripes: int = 1,
+        vote_plane: bool = False,
     ) -> None: ...
     def rotate(self) -> None: ...
     def step(self) -> None: ...

@@ -61,10 +61,10 @@ def save(
     for name, layer in layers.items():
         if not isinstance(name, str) or not isinstance(layer, TernaryLinear):
             raise TypeError(f"save(): 'layers' must map str to TernaryLinear, got {name!r}: {type(layer).__name__}")
-    tensors, header = _layer_tensors(layers, optimizer is not None), _header(layers, optimizer)
-    if optimizer is not None:
-        for i, arrays in enumerate(optimizer.state_dict()["layers"]):
-            tensors |= {f"optimizer.{i}.{key}": array for key, array in arrays.items()}
+    training = [] if optimizer is None else optimizer.state_dict()["layers"]
+    tensors, header = _layer_tensors(layers, optimizer is not None), _header(layers, optimizer, training)
+    for i, arrays in enumerate(training):
+        tensors |= {f"optimizer.{i}.{key}": array for key, array in arrays.items()}
     meta = {
         "onebit_ext": VERSION,
         "header": json.dumps(header),
@@ -80,7 +80,9 @@ def _layer_tensors(layers: Mapping[str, TernaryLinear], training: bool) -> dict[
     return {name: array for name, array in found.items() if array is not None}
 
 
-def _header(layers: Mapping[str, TernaryLinear], optimizer: FlipOptimizer | None) -> dict[str, Any]:
+def _header(
+    layers: Mapping[str, TernaryLinear], optimizer: FlipOptimizer | None, training: list[dict[str, Array]]
+) -> dict[str, Any]:
     header: dict[str, Any] = {
         "layers": [
             {
@@ -102,6 +104,9 @@ def _header(layers: Mapping[str, TernaryLinear], optimizer: FlipOptimizer | None
         rates = {rate: getattr(optimizer, rate) for rate in RATES}
         rows = {"stripes": optimizer.stripes, "stripe": optimizer.stripe}
         header["optimizer"] = {"rule": optimizer.rule, "layers": order, **rows, **rates}
+        if optimizer.vote_plane:  # and which layers hold votes, between two micro-batches of a step
+            held = [name for name, arrays in zip(order, training, strict=True) if "votes" in arrays]
+            header["optimizer"] |= {"vote_plane": True, "held": held}
     return header
 
 
@@ -213,7 +218,9 @@ def _expected(header: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:
             training |= {"bias_exp_avg": ("F32", [n]), "bias_exp_avg_sq": ("F32", [n]), "bias_powers": ("F64", [2])}
         if state is not None:
             tensors |= {f"{kind}_grad": tensors[kind] for kind in ("scale", "bias") if kind in tensors}
-            specs = plane_specs(n, k, state["rule"], stripes=state["stripes"], stripe=state["stripe"])
+            held = entry["name"] in state.get("held", ())
+            rows = {"stripes": state["stripes"], "stripe": state["stripe"]}
+            specs = plane_specs(n, k, state["rule"], **rows, vote_plane=held)
             training |= {plane: (DTYPES[dtype.name], list(shape)) for plane, (shape, dtype) in specs.items()}
         if entry["name"] in parts or not isinstance(entry["name"], str):
             raise ValueError("layer names must be str and differ")
@@ -259,7 +266,9 @@ def _build(tensors: dict[str, Array], header: dict[str, Any], user: dict[str, An
     if state is None:
         return Checkpoint(layers, None, user)
     order = [layers[name] for name in state["layers"]]
-    optimizer = FlipOptimizer(order, rule=state["rule"], stripes=state["stripes"])
+    optimizer = FlipOptimizer(
+        order, rule=state["rule"], stripes=state["stripes"], vote_plane=state.get("vote_plane", False)
+    )
     saved: list[dict[str, Array]] = [{} for _ in order]
     for name, array in tensors.items():
         kind, index, key = name.split(".", 2)

@@ -134,19 +134,21 @@ def _train_network(digest: Any, steps: int, outer: dict[str, Any], inner: dict[s
                 digest.update(array.tobytes())
 
 
-def signature() -> str:
+def signature(vote_plane: bool = False) -> str:
     """sha256 of small networks after training: equal on every machine and thread count.
 
     Tensor and row scale, with and without bias, sizes off every tile, every flip rule and three
     stripes of rows, one to three micro-batches a step, every fifth step in bfloat16.  Uses our own
-    C operations and elementwise NumPy + - * only.  tests/golden/signature.json holds the value.
+    C operations and elementwise NumPy + - * only.  tests/golden/signature.json holds the value, and
+    that of the same training with a vote plane.
     """
     import hashlib
 
     digest = hashlib.sha256()
-    _train_network(digest, 200, {}, {"recipe": "pretrain"})
-    stripes: dict[str, Any] = {"rule": "residual8", "stripes": 3}
-    others = [stripes, *({"rule": rule} for rule in RULES if rule not in ("residual8", "residual8_momentum4"))]
+    held = {"vote_plane": vote_plane}
+    _train_network(digest, 200, held, {"recipe": "pretrain", **held})
+    stripes: dict[str, Any] = {"rule": "residual8", "stripes": 3, **held}
+    others = [stripes, *({"rule": rule, **held} for rule in RULES if rule not in ("residual8", "residual8_momentum4"))]
     for outer, inner in zip(others[::2], others[1::2], strict=True):
         _train_network(digest, 50, outer, inner)
         _train_network(digest, 50, inner, outer)

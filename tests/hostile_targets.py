@@ -27,8 +27,8 @@ def weights() -> dict[str, Any]:
     return {"packed": ob.pack(CODES), "scale": np.linspace(0.5, 1, N, dtype=np.float32)}
 
 
-def planes(rule: str = "residual8_momentum4") -> dict[str, Any]:
-    made = ob.new_planes(N, K, rule, seed=3, layer=2, eta=0.1)
+def planes(rule: str = "residual8_momentum4", vote_plane: bool = False) -> dict[str, Any]:
+    made = ob.new_planes(N, K, rule, seed=3, layer=2, eta=0.1, vote_plane=vote_plane)
     made["control"][_core.CONTROL["step"]] = 2
     made["control"][_core.CONTROL["micro"]] = 1
     made["row_factor"][:] = made["col_factor"][:] = 0.5
@@ -67,9 +67,9 @@ def layer(seed: int = 1) -> ob.TernaryLinear:
     return made
 
 
-def attached() -> tuple[ob.TernaryLinear, ob.FlipOptimizer]:
+def attached(vote_plane: bool = False) -> tuple[ob.TernaryLinear, ob.FlipOptimizer]:
     made = layer()
-    return made, ob.FlipOptimizer([made], recipe="pretrain")
+    return made, ob.FlipOptimizer([made], recipe="pretrain", vote_plane=vote_plane)
 
 
 FORWARD = {
@@ -141,16 +141,20 @@ TARGETS = [
            KEPT | {"control": MAYBE_CONTROL, "ds": SUM, "db": SUM}),
     *twins("vote", lambda: kept() | {"planes": planes("residual4")} | sums(),
            KEPT | {"packed": replace(PACKED, out=True), "planes": Planes, "ds": SUM, "db": SUM}),
-    *twins("flip", lambda: {"packed": ob.pack(CODES), "planes": planes()},
-           {"packed": Arr(U8, out=True, aligned=True), "planes": Planes}),
+    *twins("vote", lambda: kept() | {"planes": planes("residual4", True)} | sums(),
+           KEPT | {"planes": Planes, "ds": SUM, "db": SUM}),
+    *(twin for held in (False, True)
+      for twin in twins("flip", lambda held=held: {"packed": ob.pack(CODES), "planes": planes(vote_plane=held)},
+                        {"packed": Arr(U8, out=True, aligned=True), "planes": Planes})),
     *twins("absmean", lambda: {"w": np.ones((N, K), np.float32)}, {"w": Arr(FLOAT, free=True)}),
     Target("reference.weight_gradient", _core.reference.weight_gradient, lambda: kept() | {"control": control()},
            KEPT | {"control": CONTROL}),
     Target("saturated", _core.saturated, lambda: {"packed": ob.pack(CODES), "planes": planes("residual2")},
            {"packed": PACKED, "planes": Planes}),
     Target("plane_specs", _core.plane_specs, lambda: {"out_features": N, "in_features": K, "stripes": 3, "stripe": 2},
-           {"out_features": Number(integer=True), "in_features": Number(integer=True), "rule": Text, **STRIPES}),
-    Target("discard", ob.discard, lambda: {"planes": planes("residual8")}, {"planes": Planes}),
+           {"out_features": Number(integer=True), "in_features": Number(integer=True), "rule": Text, **STRIPES,
+            "vote_plane": Flag}),
+    Target("discard", ob.discard, lambda: {"planes": planes("residual8", True)}, {"planes": Planes}),
     Target("scale_step", ob.scale_step, scale_step,
            {"scale": Arr(F32, out=True), "grad": Arr(F32), "exp_avg": Arr(F32, out=True),
             "exp_avg_sq": Arr(F32, out=True), "control": CONTROL, "lr": Number()}),
@@ -162,7 +166,7 @@ TARGETS = [
     Target("new_control", ob.new_control, dict, OPTIONS),
     Target("new_planes", ob.new_planes, lambda: {"out_features": N, "in_features": K, "packed": ob.pack(CODES)},
            {"out_features": Number(integer=True), "in_features": Number(integer=True), "rule": Text,
-            "packed": replace(PACKED, optional=True), **STRIPES, **OPTIONS}),
+            "packed": replace(PACKED, optional=True), **STRIPES, **OPTIONS, "vote_plane": Flag}),
     Target("pack", ob.pack, lambda: {"codes": CODES.copy(), "format": "seq2"},
            {"codes": Arr(I8, free=True), "format": Text}),
     *(Target(name, getattr(ob, name), partial(formatted, form), {"packed": BYTES, "shape": Pair, "format": Text})
@@ -192,7 +196,7 @@ TARGETS = [
            {"dy": Arr(FLOAT, leading=True), "input_grad": Flag}),
     Target("FlipOptimizer", ob.FlipOptimizer, lambda: {"layers": [layer()]},
            {"lr": Number(), "scale_lr": Number(), "bias_lr": Number(), "betas": Betas, "recipe": Text,
-            "seed": Number(integer=True), "stripes": Number(1, integer=True)}),
+            "seed": Number(integer=True), "stripes": Number(1, integer=True), "vote_plane": Flag}),
     *(Target("FlipOptimizer", rate_setter(name), lambda name=name: {name: 0.5}, {name: Number()})
       for name in ("lr", "scale_lr", "bias_lr")),
 ]  # fmt: skip

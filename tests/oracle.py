@@ -7,21 +7,13 @@ Planes are dicts of arrays as `_core.new_planes` makes.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from oracle_basics import (
-    BF16 as BF16,
-)
+from oracle_basics import BF16 as BF16
 from oracle_basics import (
     CONTROL,
     F32,
-    INIT,
     INPUT_GRAD,
-    MOMENTUM,
-    MOMENTUM_STEP,
     NAN,
-    RULES,
     SKETCH,
     TINY,
     TOKENS_PER_VOTE,
@@ -33,16 +25,26 @@ from oracle_basics import (
     as_float,
     draw,
     in_order,
-    read_fields,
-    read_residual,
-    rule_of,
     stochastic_round,
     store,
     sum_rows,
     trained_rows,
-    write_fields,
-    write_residual,
 )
+from oracle_basics import INIT as INIT
+from oracle_basics import RULES as RULES
+from oracle_basics import read_fields as read_fields
+from oracle_basics import read_residual as read_residual
+from oracle_basics import rule_of as rule_of
+from oracle_basics import write_fields as write_fields
+from oracle_basics import write_residual as write_residual
+from oracle_step import apply_vote, row_ratio
+from oracle_step import discard as discard
+from oracle_step import flip as flip
+from oracle_step import read_momentum as read_momentum
+from oracle_step import saturated as saturated
+from oracle_step import scale_step as scale_step
+from oracle_step import start_residual as start_residual
+from oracle_step import step_size as step_size
 
 
 # ------------------------------------------------------------------ formats
@@ -208,171 +210,15 @@ def _measure(acc: Array, hs: Array, unscaled: Array, planes: Planes) -> None:
 def _cast(acc: Array, hs: Array, unscaled: Array, codes: Array, rows: Array, planes: Planes, micro: int) -> None:
     if acc.size == 0:
         return
-    control, row_factor, cols = planes["control"], planes["row_factor"], planes["col_factor"]
-    q = row_factor / F32(in_order(row_factor.astype(np.float64)) / len(acc))
+    cols = planes["col_factor"]
+    q = row_ratio(planes)
     a = np.where(q > 0, (hs * unscaled) / np.sqrt(q), F32(0))
     c = np.where(cols > 0, F32(1) / np.sqrt(cols), F32(0))
-    clip = F32(control[CONTROL["clip"]])
+    clip = F32(31) if "votes" in planes else F32(planes["control"][CONTROL["clip"]])
     u = (acc.astype(F32) * a[:, None]) * c[None, :]
     u = np.where(np.isnan(u), F32(0), np.clip(u, -clip, clip)).astype(F32)
-    if "momentum" in planes:
-        _vote_momentum(u, rows, planes, micro)
+    if "votes" in planes:
+        held = planes["votes"] + stochastic_round(u * F32(1024), planes["control"], micro, VOTE, 2**20, rows)
+        planes["votes"][...] = np.clip(held, -32767, 32767)
     else:
-        control[CONTROL["vote_moved"]] += _add_votes(u, codes, rows, planes, micro, VOTE)
-
-
-def step_size(control: Array) -> Any:
-    """-units * eta * guard, float32."""
-    units = list(RULES.values())[int(control[CONTROL["rule"]])][2]
-    return (F32(-units) * F32(control[CONTROL["eta"]])) * F32(control[CONTROL["guard"]])
-
-
-def _add_votes(u: Array, codes: Array, rows: Array, planes: Planes, micro: int, stream: int) -> int:
-    """Votes u (rows, K) into the residual; below 8 bits the codes move too.  Returns how many."""
-    bits, _, units = RULES[rule_of(planes)]
-    limit = 16256 if bits == 16 else 127
-    v = u * step_size(planes["control"])
-    moved = read_residual(planes) + stochastic_round(v, planes["control"], micro, stream, limit, rows)
-    if bits >= 8:
-        write_residual(planes, np.clip(moved, -limit, limit))
-        return 0
-    top = units + (units - 1) // 2
-    x = np.clip(moved + units * codes[rows].astype(np.int64), -top, top)
-    now = np.rint(x / units).astype(np.int8)
-    changed = int(np.count_nonzero(now != codes[rows]))
-    write_residual(planes, x - units * now.astype(np.int64))
-    codes[rows] = now
-    return changed
-
-
-def read_momentum(planes: Planes) -> Array:
-    """Momentum (rows, 64 ceil(K/64)) float32."""
-    codes, scale = planes["momentum"], as_float(planes["momentum_scale"])
-    m = read_fields(codes, codes.shape[2] // 8, codes.shape[1] * 64).astype(F32)
-    return (m.reshape(*codes.shape[:2], 64) * scale[:, :, None]).reshape(m.shape)
-
-
-def _vote_momentum(u: Array, rows: Array, planes: Planes, micro: int) -> None:
-    n, k = u.shape
-    control, bits = planes["control"], planes["momentum"].shape[2] // 8
-    top_code = (1 << (bits - 1)) - 1
-    beta1, share = F32(control[CONTROL["beta1"]]), F32(1.0 - control[CONTROL["beta1"]])
-    m = read_momentum(planes)
-    m[:, :k] = (beta1 * m[:, :k] if micro == 0 else m[:, :k]) + share * u
-    m[:, k:] = 0
-    blocks = m.reshape(n, m.shape[1] // 64, 64)
-    top = absmax(blocks, 2)
-    live = top >= TINY
-    up = (((top / F32(top_code)).view(np.uint32) + np.uint32(0xFFFF)) >> np.uint32(16)).astype(np.uint16)
-    up = np.where(live, up, 0).astype(np.uint16)
-    inverse = np.where(live, F32(1) / np.where(live, as_float(up), F32(1)), F32(0)).astype(F32)
-    v = (blocks * inverse[:, :, None]).reshape(m.shape)
-    codes = stochastic_round(v, control, micro, MOMENTUM, top_code, rows)
-    write_fields(planes["momentum"], bits, np.where(live[:, :, None], codes.reshape(blocks.shape), 0).reshape(m.shape))
-    planes["momentum_scale"][...] = up.view(planes["momentum_scale"].dtype)
-
-
-# ------------------------------------------------------------------ step
-def flip(codes: Array, planes: Planes) -> int:
-    """One optimizer step of the codes, in place; returns how many moved."""
-    control = planes["control"]
-
-    def get(name: str) -> float:
-        return float(control[CONTROL[name]])
-
-    if get("micro") == 0:
-        return 0
-    rho = 1.0
-    if get("micro") != 1 and get("sketch_energy") != 0:
-        rho = in_order(planes["sketch"].astype(np.float64) ** 2) / control[CONTROL["sketch_energy"]]
-    for factor, total in (("row_factor", "row_sum"), ("col_factor", "col_sum")):
-        r = planes[total] * F32(rho)
-        if get("step") > 0:
-            r = F32(get("beta2")) * planes[factor] + F32(1.0 - get("beta2")) * r
-        planes[factor][...] = r
-    moved = 0
-    if get("step") > 0:
-        rows, moved = trained_rows(planes, len(codes)), int(get("vote_moved"))
-        if "momentum" in planes:
-            m = read_momentum(planes)[:, : codes.shape[1]]
-            moved += _add_votes(m, codes, rows, planes, 0, MOMENTUM_STEP)
-        moved += _move_codes(codes, rows, planes)
-    _update_guard(control, moved, len(planes["row_factor"]) * codes.shape[1])
-    control[CONTROL["step"]] += 1
-    control[CONTROL["moved"]] = moved
-    discard(planes)
-    control[CONTROL["micro"]] = control[CONTROL["vote_moved"]] = 0
-    return moved
-
-
-def _move_codes(codes: Array, rows: Array, planes: Planes) -> int:
-    """What step() does to codes and residual after any momentum; returns how many codes moved."""
-    bits, _, units = RULES[rule_of(planes)]
-    if bits < 8:
-        return 0
-    e, t = read_residual(planes), codes[rows]
-    if rule_of(planes) == "byte":
-        now = np.rint(e / units).astype(np.int8)
-    else:
-        half = units // 2
-        now = t + ((e > half) & (t < 1)).astype(np.int8) - ((e < -half) & (t > -1)).astype(np.int8)
-        write_residual(planes, np.where(now != t, e - units * (now - t).astype(np.int64), np.clip(e, -half, half)))
-    codes[rows] = now
-    return int(np.count_nonzero(now != t))
-
-
-def start_residual(codes: Array, planes: Planes) -> None:
-    """The residual as training starts, in place."""
-    bits, _, units = RULES[rule_of(planes)]
-    rows, k = trained_rows(planes, len(codes)), codes.shape[1]
-    e = np.zeros((len(rows), k), np.int64)
-    if rule_of(planes) == "byte":
-        e = units * codes[rows].astype(np.int64)
-    elif bits in (2, 4):
-        ninth = draw(planes["control"], 1, INIT, rows, np.arange(k)).astype(np.uint64) * np.uint64(9) >> np.uint64(32)
-        e = ninth.astype(np.int64) - 4
-        e = e if bits == 4 else np.sign(e) * (np.abs(e) > 2)
-    write_residual(planes, e)
-
-
-def saturated(codes: Array, planes: Planes) -> int:
-    """How many residuals wait at a bound."""
-    bits, _, units = RULES[rule_of(planes)]
-    if bits == 0:
-        return 0
-    e, t = read_residual(planes), codes[trained_rows(planes, len(codes))].astype(np.int64)
-    if rule_of(planes) == "byte":
-        return int((np.abs(e) == 127).sum())
-    if bits >= 8:
-        return int((np.abs(e) >= units // 2).sum())
-    return int((np.abs(units * t + e) == units + (units - 1) // 2).sum())
-
-
-def _update_guard(control: Array, moved: int, cells: int) -> None:
-    eta, cap = float(control[CONTROL["eta"]]), float(control[CONTROL["cap"]])
-    peak = control[CONTROL["eta_peak"]] = max(float(control[CONTROL["eta_peak"]]), eta)
-    if cap > 0 and eta > 0:
-        factor = min(max(cap * (eta / peak) / (moved / cells), 0.8), 1.05) if moved else 1.05
-        control[CONTROL["guard"]] = min(max(float(control[CONTROL["guard"]]) * factor, 1e-3), 1.0)
-
-
-def discard(planes: Planes) -> None:
-    """Forget the step's sums; votes stay, and later micro-batches of the step draw fresh numbers."""
-    for name in ("row_sum", "col_sum", "sketch"):
-        planes[name][...] = 0
-    for name in ("nonfinite", "sketch_energy"):
-        planes["control"][CONTROL[name]] = 0
-
-
-def scale_step(scale: Array, grad: Array, exp_avg: Array, exp_avg_sq: Array, control: Array, lr: float) -> None:
-    """Adam on the scale, in place."""
-    b1, b2 = float(control[CONTROL["beta1"]]), float(control[CONTROL["beta2"]])
-    g = grad * F32(1.0 / control[CONTROL["grad_scale"]])
-    exp_avg[...] = F32(b1) * exp_avg + F32(1 - b1) * g
-    exp_avg_sq[...] = F32(b2) * exp_avg_sq + (F32(1 - b2) * g) * g
-    control[CONTROL["beta1_power"]] *= b1
-    control[CONTROL["beta2_power"]] *= b2
-    mh = exp_avg / F32(1 - control[CONTROL["beta1_power"]])
-    vh = exp_avg_sq / F32(1 - control[CONTROL["beta2_power"]])
-    s = scale - (F32(lr * control[CONTROL["scale_init"]]) * mh) / (np.sqrt(vh) + F32(1e-8))
-    scale[...] = F32(1) / (F32(1) / np.maximum(s, F32(1e-8)))
+        apply_vote(u, codes, rows, planes, micro, False)

@@ -32,7 +32,7 @@ RULES = {  # bits of residual, bits of momentum, residual units per cell
     "byte": (8, 0, 85),
     "stochastic": (0, 0, 1),
 }
-INPUT_GRAD, WEIGHT_GRAD, VOTE, MOMENTUM, MOMENTUM_STEP, SKETCH, INIT = range(1, 8)
+INPUT_GRAD, WEIGHT_GRAD, VOTE, MOMENTUM, MOMENTUM_STEP, SKETCH, INIT, COMBINE, CAST = range(1, 10)
 
 
 # ------------------------------------------------------------------ random numbers

@@ -125,7 +125,8 @@ class Problem:
     def __str__(self) -> str:
         m, k = self.x.shape
         stripe, stripes = (int(self.planes["control"][CONTROL[name]]) for name in ("stripe", "stripes"))
-        rule = f"{oracle.rule_of(self.planes)} {stripe}/{stripes}"
+        held = " held" * ("votes" in self.planes)
+        rule = f"{oracle.rule_of(self.planes)}{held} {stripe}/{stripes}"
         return f"M={m} N={self.dy.shape[1]} K={k} {self.x.dtype} scales={len(self.scale)} {rule}"
 
 
@@ -168,7 +169,14 @@ def random_control(rng: np.random.Generator, step: int = 7, micro: int = 0) -> A
 
 
 def random_planes(
-    rng: np.random.Generator, n: int, k: int, rule: str, step: int = 7, micro: int = 0, stripes: int = 1
+    rng: np.random.Generator,
+    n: int,
+    k: int,
+    rule: str,
+    step: int = 7,
+    micro: int = 0,
+    stripes: int = 1,
+    held: bool = False,
 ) -> Planes:
     """Planes of one layer with random content, of a stripe in the middle; some factors are zero, some tiny."""
 
@@ -205,12 +213,24 @@ def random_planes(
         scale = (rng.uniform(0, 1.4, (n, blocks)) / limit).astype(BF16)
         scale[rng.random(scale.shape) < 0.1] = 0
         planes["momentum_scale"] = scale.view(np.uint16)
+    if held:
+        planes["votes"] = held_votes(rng, n, k) * np.int16(micro > 0 and step > 0)
     return planes
+
+
+def held_votes(rng: np.random.Generator, n: int, k: int) -> Array:
+    """A vote plane (n, k) between micro-batches: of all sizes, some rows and columns at their bound, some empty."""
+    size = np.exp(rng.normal(size=(n, 1)) + rng.normal(size=k)) * rng.normal(size=(n, k)) * 1024
+    rows, cols = rng.random((2, max(n, k)))
+    size[rows[:n] < 0.1] *= 1000
+    size[:, cols[:k] < 0.1] *= 1000
+    size[rows[:n] > 0.95] = 0
+    return np.clip(np.rint(size), -32767, 32767).astype(np.int16)
 
 
 def random_problem(
     seed: int, m: int, n: int, k: int, *, dtype: Any = F32, rows: bool = False, bias: bool = False,
-    rule: str = "residual8", step: int = 7, micro: int = 0, stripes: int = 1,
+    rule: str = "residual8", step: int = 7, micro: int = 0, stripes: int = 1, held: bool = False,
 ) -> Problem:  # fmt: skip
     """A layer with random state; tokens and gradients of many sizes, some of them zero."""
     rng = np.random.default_rng(seed)
@@ -227,7 +247,7 @@ def random_problem(
         packed=pack(rng.integers(-1, 2, (n, k), np.int8)),
         scale=rng.uniform(0.01, 0.1, n if rows else 1).astype(F32),
         bias=rng.normal(size=n).astype(F32) if bias else None,
-        planes=random_planes(rng, n, k, rule, step, micro, stripes),
+        planes=random_planes(rng, n, k, rule, step, micro, stripes, held),
     )
 
 
@@ -238,7 +258,7 @@ def sample_problems(seed: int, count: int) -> Iterator[Problem]:
         yield random_problem(
             seed * 1000 + i, m, n, k, dtype=rng.choice([F32, BF16]), rows=rng.random() < 0.5,
             bias=rng.random() < 0.5, rule=rng.choice(RULES), step=rng.choice([0, 1, 7, 7, 123456]),
-            micro=rng.choice([0, 0, 1, 3]), stripes=rng.choice([1, 1, 2, 3]),
+            micro=rng.choice([0, 0, 1, 3]), stripes=rng.choice([1, 1, 2, 3]), held=rng.random() < 0.4,
         )  # fmt: skip
 
 

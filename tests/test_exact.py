@@ -63,6 +63,7 @@ def test_a_million_outputs_were_compared() -> None:
     step=st.sampled_from([0, 1, 99]),
     votes=st.integers(0, 3),
     stripes=st.sampled_from([1, 1, 2, 3, 7]),
+    held=st.booleans(),
     name=st.sampled_from(ISAS),
     threads=st.sampled_from(THREADS),
 )
@@ -78,10 +79,13 @@ def test_any_shape(
     step: int,
     votes: int,
     stripes: int,
+    held: bool,
     name: str,
     threads: int,
 ) -> None:
-    p = random_problem(seed, m, n, k, dtype=dtype, rows=rows, bias=bias, rule=rule, step=step, stripes=stripes)
+    p = random_problem(
+        seed, m, n, k, dtype=dtype, rows=rows, bias=bias, rule=rule, step=step, stripes=stripes, held=held
+    )
     _core.force_isa(name)
     _core.set_num_threads(threads)
     got = outputs(_core, p, votes)
@@ -89,12 +93,13 @@ def test_any_shape(
     assert_same_bits(got, outputs(Oracle, p, votes), p)
 
 
+@pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("stripes", [1, 3])
 @pytest.mark.parametrize("rule", RULES)
-def test_every_rule(isa: str, rule: str, stripes: int) -> None:
+def test_every_rule(isa: str, rule: str, stripes: int, held: bool) -> None:
     """More rows than a block of column sums has, whole strips and a tail; every one moves codes."""
     for i, (m, n, k) in enumerate([(21, 33, 70), (5, 130, 200), (9, 600 * stripes, 65), (3, 2, 5), (0, 4, 7)]):
-        p = random_problem(i, m, n, k, rule=rule, rows=i % 2 == 0, bias=True, stripes=stripes)
+        p = random_problem(i, m, n, k, rule=rule, rows=i % 2 == 0, bias=True, stripes=stripes, held=held)
         p.planes["control"][_core.CONTROL["eta"]] *= 1 + 99 * (i == 1)
         want = outputs(Oracle, p)
         assert_same_bits(outputs(_core.reference, p), want, p)
@@ -102,11 +107,11 @@ def test_every_rule(isa: str, rule: str, stripes: int) -> None:
         assert i != 1 or (want["moved"] > 99 and (want["packed"] != p.packed).any())
 
 
-@pytest.mark.parametrize("stripes", [1, 2])
+@pytest.mark.parametrize(("stripes", "held"), [(1, False), (2, False), (1, True)])
 @pytest.mark.parametrize("rule", RULES)
-def test_long_batch_is_cut_into_micro_batches(isa: str, rule: str, stripes: int) -> None:
+def test_long_batch_is_cut_into_micro_batches(isa: str, rule: str, stripes: int, held: bool) -> None:
     m = 2 * _core.TOKENS_PER_VOTE + 3
-    problem = random_problem(5, m, 3, 5, rows=True, rule=rule, stripes=stripes)
+    problem = random_problem(5, m, 3, 5, rows=True, rule=rule, stripes=stripes, held=held)
     want = outputs(Oracle, problem, votes=1)
     assert want["voted control"][_core.CONTROL["micro"]] == 3
     assert_same_bits(outputs(_core.reference, problem, votes=1), want, problem)
@@ -147,10 +152,12 @@ def test_full_micro_batch(isa: str) -> None:
     assert_same_bits(outputs(_core, problem, 1), outputs(Oracle, problem, 1), isa)
 
 
+@pytest.mark.parametrize("vote_plane", [False, True])
 @pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize("name", ISAS)
-def test_signature(name: str, threads: int) -> None:
+def test_signature(name: str, threads: int, vote_plane: bool) -> None:
     """200 steps of a fixed tiny model end in the same bits on every machine."""
     _core.force_isa(name)
     _core.set_num_threads(threads)
-    assert onebit_ext.signature() == json.loads(GOLDEN.read_text())["signature"]
+    golden = json.loads(GOLDEN.read_text())["signature with vote plane" if vote_plane else "signature"]
+    assert onebit_ext.signature(vote_plane) == golden

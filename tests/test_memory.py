@@ -22,8 +22,8 @@ GLOBAL = ("set_num_threads", "force_isa")
 QUIET = [target for target in TARGETS if target.name not in GLOBAL]
 
 
-def trained() -> tuple[ob.TernaryLinear, ob.FlipOptimizer]:
-    made, optimizer = attached()
+def trained(vote_plane: bool = False) -> tuple[ob.TernaryLinear, ob.FlipOptimizer]:
+    made, optimizer = attached(vote_plane)
     for _ in range(2):
         made.forward(X)
         made.backward(DY)
@@ -51,14 +51,14 @@ def stateful() -> dict[str, Callable[[ob.TernaryLinear, ob.FlipOptimizer], Any]]
         "stats": lambda made, opt: opt.stats(),
         "layers": lambda made, opt: opt.layers,
         "state_dict": lambda made, opt: opt.state_dict(),
-        "load_state_dict": lambda made, opt: opt.load_state_dict(STATE),
+        "load_state_dict": lambda made, opt: opt.load_state_dict(STATES[opt.vote_plane]),
         "lr": lambda made, opt: setattr(opt, "lr", 0.5),
         "detach": lambda made, opt: opt.detach(),
         "FlipOptimizer": lambda made, opt: (opt.detach(), ob.FlipOptimizer([made])),
     }
 
 
-STATE = trained()[1].state_dict()
+STATES = [trained(vote_plane)[1].state_dict() for vote_plane in (False, True)]
 
 
 @contextmanager
@@ -120,9 +120,10 @@ def test_python_runs_out_of_memory(target: Target, persistent: bool) -> None:
     sweep(python_failing(persistent), target.make, lambda arguments: target.call(**arguments))
 
 
+@pytest.mark.parametrize("vote_plane", [False, True])
 @pytest.mark.parametrize("name", stateful())
 @pytest.mark.parametrize("kind", ["core", "python", "python for good"])
-def test_methods_run_out_of_memory(name: str, kind: str) -> None:
+def test_methods_run_out_of_memory(name: str, kind: str, vote_plane: bool) -> None:
     failing = core_failing if kind == "core" else python_failing("good" in kind)
     call = stateful()[name]
     if name == "FlipOptimizer":  # the old optimizer lets go first
@@ -130,10 +131,10 @@ def test_methods_run_out_of_memory(name: str, kind: str) -> None:
         def make() -> list[Any]:
             return [layer(), None]
 
-        failures = sweep(failing, make, lambda state: ob.FlipOptimizer([state[0]]))
+        failures = sweep(failing, make, lambda state: ob.FlipOptimizer([state[0]], vote_plane=vote_plane))
     else:
-        failures = sweep(failing, lambda: list(trained()), lambda state: call(*state))
-    if kind == "core" and name in ("forward", "backward", "codes", "FlipOptimizer"):
+        failures = sweep(failing, lambda: list(trained(vote_plane)), lambda state: call(*state))
+    if kind == "core" and name in ("forward", "backward", "codes", "FlipOptimizer", *["step"] * vote_plane):
         assert failures > 0
 
 

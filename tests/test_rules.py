@@ -31,18 +31,20 @@ def as_oracle(planes: dict[str, Array], codes: Array) -> dict[str, Array]:
 
 
 # ------------------------------------------------------------------ planes
+@pytest.mark.parametrize("vote_plane", [False, True])
 @pytest.mark.parametrize("stripes", [1, 3])
 @pytest.mark.parametrize("rule", RULES)
-def test_new_planes(rule: str, stripes: int) -> None:
+def test_new_planes(rule: str, stripes: int, vote_plane: bool) -> None:
     codes = np.random.default_rng(3).integers(-1, 2, (N, K), np.int8)
     packed = ob.pack(codes)
     for stripe in range(stripes):
         where = {"stripes": stripes, "stripe": stripe}
-        planes = ob.new_planes(N, K, rule, packed=packed, seed=4, layer=6, **where)
+        planes = ob.new_planes(N, K, rule, packed=packed, seed=4, layer=6, **where, vote_plane=vote_plane)
         assert [planes["control"][CONTROL[name]] for name in ("rule", *where)] == [RULES.index(rule), *where.values()]
         assert_same_bits(planes, as_oracle(planes, codes), rule)
-        specs = _core.plane_specs(N, K, rule, **where)
+        specs = _core.plane_specs(N, K, rule, **where, vote_plane=vote_plane)
         assert specs == {name: (array.shape, array.dtype) for name, array in planes.items()}
+        assert ("votes" in planes) is vote_plane
         assert len(planes["row_factor"]) == len(range(stripe, N, stripes))
         bits = sum(oracle.RULES[rule][:2])
         held = sum(planes[name].nbytes for name in ("residual", "momentum") if name in planes)
@@ -111,6 +113,8 @@ def test_what_lies_beyond_the_last_column_stays(isa: str, impl: Any) -> None:
 OPTIONS = [
     *({"rule": rule} for rule in RULES),
     *({"rule": rule, "stripes": 3} for rule in ("residual8", "residual8_momentum8", "byte", "residual4", "stochastic")),
+    *({"rule": rule, "vote_plane": True} for rule in RULES),
+    {"rule": "residual4_momentum4", "stripes": 3, "vote_plane": True},
 ]
 
 

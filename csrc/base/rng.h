@@ -19,7 +19,8 @@ enum ob_stream {
     OB_STREAM_MOMENTUM_STEP,  /* SR of the momentum into the residual in step(); row n, column k */
     OB_STREAM_SKETCH,         /* signs t_k; row 0, column k, micro 0 */
     OB_STREAM_INIT,           /* starting codes; row n, column k */
-    OB_STREAM_COMBINE         /* mean of the ranks' residuals, micro 0; row n, column k */
+    OB_STREAM_COMBINE,        /* mean of the ranks' planes, micro 0; row n, column k */
+    OB_STREAM_CAST /* SR of a step's votes into the rule's planes, micro 0; row n, column k */
 };
 
 #define OB_RNG_GOLDEN 0x9E3779B9u

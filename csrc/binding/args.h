@@ -117,9 +117,11 @@ void ob_hold_planes(ob_call *call,
                     PyObject *planes); /* all arrays of such a dict join the call as outputs */
 
 /* Fresh planes for the rule, stripe and random position of `control`, which is stolen and becomes theirs; NULL passes an
- * exception on.  packed: read for rule `byte`, else it may be NULL. */
-PyObject *ob_new_planes(size_t n, size_t k, PyArrayObject *control, const uint8_t *packed);
-PyObject *ob_plane_specs(size_t n, size_t k, const double *control); /* name -> (shape, dtype) */
+ * exception on.  votes: with a vote plane.  packed: read for rule `byte`, else it may be NULL. */
+PyObject *ob_new_planes(size_t n, size_t k, PyArrayObject *control, int votes,
+                        const uint8_t *packed);
+PyObject *ob_plane_specs(size_t n, size_t k, const double *control,
+                         int votes); /* name -> (shape, dtype) */
 /* The planes of a dict made by ob_new_planes, without checks; -1 with an exception. */
 int ob_view_planes(PyObject *planes, uint8_t *codes, ob_planes *out);
 

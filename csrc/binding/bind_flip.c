@@ -163,12 +163,12 @@ new_control(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
 
 /* What planes are for: (N, K), a rule, a stripe */
 typedef struct planes_arguments {
-    PyObject *rows, *columns, *rule, *stripes, *stripe;
+    PyObject *rows, *columns, *rule, *stripes, *stripe, *vote_plane;
 } planes_arguments;
 
 static int
 take_planes_init(const ob_call *call, const planes_arguments *given, size_t *n, size_t *k,
-                 ob_control_init *init)
+                 ob_control_init *init, int *votes)
 {
     size_t rule = OB_RULE_residual8, stripes = 1, stripe = 0;
     if (ob_take_size(call, given->rows, "out_features", 0, OB_MAX_K, n) < 0 ||
@@ -178,7 +178,8 @@ take_planes_init(const ob_call *call, const planes_arguments *given, size_t *n, 
         (given->stripes &&
          ob_take_size(call, given->stripes, "stripes", 1, OB_MAX_K, &stripes) < 0) ||
         (given->stripe &&
-         ob_take_size(call, given->stripe, "stripe", 0, stripes - 1, &stripe) < 0)) {
+         ob_take_size(call, given->stripe, "stripe", 0, stripes - 1, &stripe) < 0) ||
+        (given->vote_plane && ob_take_flag(call, given->vote_plane, "vote_plane", votes) < 0)) {
         return -1;
     }
     init->rule = (double)rule;
@@ -190,29 +191,30 @@ take_planes_init(const ob_call *call, const planes_arguments *given, size_t *n, 
 static PyObject *
 new_planes(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
 {
-    static char *keys[] = {"out_features", "in_features", "rule",       "packed", "stripes",
-                           "stripe",       "seed",        "layer",      "eta",    "cap",
-                           "clip",         "betas",       "scale_init", NULL};
+    static char *keys[] = {"out_features", "in_features", "rule",       "packed",     "stripes",
+                           "stripe",       "seed",        "layer",      "eta",        "cap",
+                           "clip",         "betas",       "scale_init", "vote_plane", NULL};
     control_arguments given = {0};
     planes_arguments shape = {0};
     ob_control_init init;
     PyObject *packed = Py_None, *planes = NULL;
     const uint8_t *codes = NULL;
     size_t n = 0, k = 0;
+    int votes = 0;
     ob_call call = {.function = "new_planes"};
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "OO|O$OOOOOOOOOO", keys, &shape.rows, &shape.columns,
-                                     &shape.rule, &packed, &shape.stripes, &shape.stripe,
-                                     &given.seed, &given.layer, &given.eta, &given.cap, &given.clip,
-                                     &given.betas, &given.scale_init) ||
+    if (!PyArg_ParseTupleAndKeywords(
+            args, kw, "OO|O$OOOOOOOOOOO", keys, &shape.rows, &shape.columns, &shape.rule, &packed,
+            &shape.stripes, &shape.stripe, &given.seed, &given.layer, &given.eta, &given.cap,
+            &given.clip, &given.betas, &given.scale_init, &shape.vote_plane) ||
         take_control_init(&call, &given, &init) < 0 ||
-        take_planes_init(&call, &shape, &n, &k, &init) < 0) {
+        take_planes_init(&call, &shape, &n, &k, &init, &votes) < 0) {
         return NULL;
     }
     if (packed == Py_None && init.rule == OB_RULE_byte) {
         ob_fail(&call, PyExc_ValueError, "'packed' must be given: rule byte holds the codes too");
     }
     else if (packed == Py_None || (codes = ob_take_packed(&call, packed, n, k, 0)) != NULL) {
-        planes = ob_new_planes(n, k, ob_new_control(&init), codes);
+        planes = ob_new_planes(n, k, ob_new_control(&init), votes, codes);
     }
     ob_release(&call);
     return planes;
@@ -221,18 +223,21 @@ new_planes(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
 static PyObject *
 plane_specs(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
 {
-    static char *keys[] = {"out_features", "in_features", "rule", "stripes", "stripe", NULL};
+    static char *keys[] = {"out_features", "in_features", "rule", "stripes",
+                           "stripe",       "vote_plane",  NULL};
     planes_arguments shape = {0};
     ob_control_init init = {.seed = 0};
     size_t n = 0, k = 0;
+    int votes = 0;
     ob_call call = {.function = "plane_specs"};
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "OO|O$OO", keys, &shape.rows, &shape.columns,
-                                     &shape.rule, &shape.stripes, &shape.stripe) ||
-        take_planes_init(&call, &shape, &n, &k, &init) < 0) {
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OO|O$OOO", keys, &shape.rows, &shape.columns,
+                                     &shape.rule, &shape.stripes, &shape.stripe,
+                                     &shape.vote_plane) ||
+        take_planes_init(&call, &shape, &n, &k, &init, &votes) < 0) {
         return NULL;
     }
     PyArrayObject *control = ob_new_control(&init);
-    PyObject *specs = control != NULL ? ob_plane_specs(n, k, PyArray_DATA(control)) : NULL;
+    PyObject *specs = control != NULL ? ob_plane_specs(n, k, PyArray_DATA(control), votes) : NULL;
     Py_XDECREF(control);
     return specs;
 }
@@ -247,7 +252,9 @@ PyDoc_STRVAR(flip_doc,
 
 PyDoc_STRVAR(discard_doc,
              "discard($module, /, planes)\n--\n\n"
-             "Forget the sums of this step without moving a code; votes stay in the residual.");
+             "Forget the sums of this step without moving a code; votes stay in the residual, but "
+             "not in a vote\n"
+             "plane.");
 
 PyDoc_STRVAR(scale_step_doc,
              "scale_step($module, /, scale, grad, exp_avg, exp_avg_sq, control, lr)\n--\n\n"
@@ -261,7 +268,7 @@ PyDoc_STRVAR(
     "new_planes($module, /, out_features, in_features, rule='residual8', *, packed=None, "
     "stripes=1,\n"
     "           stripe=0, seed=0, layer=0, eta=0.03, cap=0.025, clip=3.0, betas=(0.9, 0.95),\n"
-    "           scale_init=1.0)\n--\n\n"
+    "           scale_init=1.0, vote_plane=False)\n--\n\n"
     "A dict of the training planes of one layer, 64-byte aligned, as the rule starts them.\n\n"
     "residual: int8 (N, K) for 8 bits and byte, int16 (N, K), uint8 (N, ceil(K/64), 32) for 4 bits "
     "and\n"
@@ -277,11 +284,14 @@ PyDoc_STRVAR(
     "a\n"
     "residual starts uniform within .3 cell, otherwise at zero.  eta: cells per step.  cap: "
     "largest\n"
-    "share of codes moved per step, 0 for none.  Layers of one run want different `layer` ids.");
+    "share of codes moved per step, 0 for none.  Layers of one run want different `layer` ids.\n"
+    "vote_plane: also votes int16 (N, K), zero between steps, which holds a step's votes until "
+    "flip().");
 
 PyDoc_STRVAR(plane_specs_doc,
              "plane_specs($module, /, out_features, in_features, rule='residual8', *, stripes=1, "
-             "stripe=0)\n--\n\n"
+             "stripe=0,\n"
+             "            vote_plane=False)\n--\n\n"
              "What new_planes makes, without making it: name -> (shape, dtype).");
 
 PyDoc_STRVAR(saturated_doc,

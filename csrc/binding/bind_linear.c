@@ -199,7 +199,8 @@ take_random_state(ob_call *call, PyObject *planes, PyObject *control, size_t n, 
 static int
 take_codes(ob_call *call, PyObject *packed, PyObject *scale, size_t n, size_t k, vote_arguments *v)
 {
-    const int moves = v->planes.control != NULL && ob_rule_moves_in_vote(v->planes.rule);
+    const int moves = v->planes.control != NULL && v->planes.votes == NULL &&
+                      ob_rule_moves_in_vote(v->planes.rule);
     if (ob_take_weights(call, packed, scale, NULL, n, k, moves ? OB_WRITE : 0, &v->w) < 0) {
         return -1;
     }

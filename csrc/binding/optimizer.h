@@ -25,10 +25,11 @@ typedef struct ob_optimizer {
     ob_rule rule;
     size_t stripes, stripe; /* of every layer */
     double lr, scale_lr, bias_lr, flip_rate;
-    int detached;
+    int detached, vote_plane;
 } ob_optimizer;
 
-/* Every array of a slot with its name in a state_dict; returns how many. */
+/* Every array of a slot with its name in a state_dict, but for the vote plane, which holds something between
+ * micro-batches only; returns how many. */
 #define OB_SLOT_ARRAYS 16
 size_t ob_slot_arrays(const ob_slot *slot, const char *names[OB_SLOT_ARRAYS],
                       PyArrayObject *arrays[OB_SLOT_ARRAYS]);

@@ -8,6 +8,7 @@ typedef struct options {
     double lr, scale_lr, bias_lr, betas[2], cap;
     size_t seed, stripes;
     ob_rule rule;
+    int vote_plane;
 } options;
 
 static const char *
@@ -122,8 +123,8 @@ open_slot(ob_slot *slot, ob_layer *layer, size_t id, const options *o)
         .stripes = (double)o->stripes,
     };
     slot->layer = (ob_layer *)Py_NewRef(layer);
-    slot->planes =
-        ob_new_planes(layer->n, layer->k, ob_new_control(&init), PyArray_DATA(layer->packed));
+    slot->planes = ob_new_planes(layer->n, layer->k, ob_new_control(&init), o->vote_plane,
+                                 PyArray_DATA(layer->packed));
     int failed = slot->planes == NULL;
     for (int i = 0; i < OB_MOMENTS && !failed; i++) {
         PyArrayObject *like = i < OB_BIAS_AVG ? layer->scale : layer->bias;
@@ -168,6 +169,7 @@ optimizer_on(PyTypeObject *type, const ob_call *call, PyTypeObject *layer_type, 
     }
     self->rule = o->rule;
     self->stripes = o->stripes;
+    self->vote_plane = o->vote_plane;
     self->lr = o->lr;
     self->scale_lr = o->scale_lr;
     self->bias_lr = o->bias_lr;
@@ -194,29 +196,19 @@ optimizer_on(PyTypeObject *type, const ob_call *call, PyTypeObject *layer_type, 
 PyObject *
 ob_optimizer_new(PyTypeObject *type, PyObject *args, PyObject *kw)
 {
-    static char *keys[] = {"layers",
-                           "lr",
-                           "scale_lr",
-                           "betas",
-                           "recipe",
-                           "residual_bits",
-                           "momentum_bits",
-                           "flip_rate_cap",
-                           "seed",
-                           "bias_lr",
-                           "rule",
-                           "stripes",
-                           NULL};
+    static char *keys[] = {
+        "layers",        "lr",   "scale_lr", "betas", "recipe",  "residual_bits", "momentum_bits",
+        "flip_rate_cap", "seed", "bias_lr",  "rule",  "stripes", "vote_plane",    NULL};
     const ob_state *state = PyType_GetModuleState(type);
     PyObject *layers, *lr = NULL, *scale_lr = NULL, *betas = NULL, *recipe = NULL,
                       *residual = Py_None, *momentum = Py_None, *cap = Py_None, *seed = NULL,
-                      *bias_lr = NULL, *rule = Py_None, *stripes = NULL;
+                      *bias_lr = NULL, *rule = Py_None, *stripes = NULL, *vote_plane = NULL;
     ob_call call = {.function = "FlipOptimizer"};
-    options o = {0.03, 1e-4, 1e-3, {0.9, 0.95}, 0.025, 0, 1, OB_RULE_residual8};
+    options o = {0.03, 1e-4, 1e-3, {0.9, 0.95}, 0.025, 0, 1, OB_RULE_residual8, 0};
     if (state == NULL ||
-        !PyArg_ParseTupleAndKeywords(args, kw, "O|OOOOOOOOOOO", keys, &layers, &lr, &scale_lr,
+        !PyArg_ParseTupleAndKeywords(args, kw, "O|OOOOOOOOOOOO", keys, &layers, &lr, &scale_lr,
                                      &betas, &recipe, &residual, &momentum, &cap, &seed, &bias_lr,
-                                     &rule, &stripes) ||
+                                     &rule, &stripes, &vote_plane) ||
         (lr && ob_take_double(&call, lr, "lr", 0, 1e6, &o.lr) < 0) ||
         (scale_lr && ob_take_double(&call, scale_lr, "scale_lr", 0, 1e6, &o.scale_lr) < 0) ||
         (bias_lr && ob_take_double(&call, bias_lr, "bias_lr", 0, 1e6, &o.bias_lr) < 0) ||
@@ -224,6 +216,7 @@ ob_optimizer_new(PyTypeObject *type, PyObject *args, PyObject *kw)
         (cap != Py_None && ob_take_double(&call, cap, "flip_rate_cap", 0, 1, &o.cap) < 0) ||
         (seed && ob_take_size(&call, seed, "seed", 0, ((size_t)1 << 53) - 1, &o.seed) < 0) ||
         (stripes && ob_take_size(&call, stripes, "stripes", 1, OB_MAX_K, &o.stripes) < 0) ||
+        (vote_plane && ob_take_flag(&call, vote_plane, "vote_plane", &o.vote_plane) < 0) ||
         take_rule(&call, recipe, rule, residual, momentum, &o.rule) < 0) {
         return NULL;
     }

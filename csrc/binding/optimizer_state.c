@@ -4,9 +4,20 @@
 #include <string.h>
 
 #define STATE_VERSION 1
+#define VOTES "votes"
 
 static const char *const moment_names[OB_MOMENTS] = {
     "scale_exp_avg", "scale_exp_avg_sq", "bias_exp_avg", "bias_exp_avg_sq", "bias_powers"};
+
+/* Borrowed; NULL if there is none, or with an exception */
+static PyObject *
+item_of(PyObject *dict, const char *name)
+{
+    PyObject *key = PyUnicode_FromString(name);
+    PyObject *value = key != NULL ? PyDict_GetItemWithError(dict, key) : NULL;
+    Py_XDECREF(key);
+    return value;
+}
 
 size_t
 ob_slot_arrays(const ob_slot *slot, const char *names[OB_SLOT_ARRAYS],
@@ -16,8 +27,10 @@ ob_slot_arrays(const ob_slot *slot, const char *names[OB_SLOT_ARRAYS],
     PyObject *key = NULL, *array = NULL;
     Py_ssize_t position = 0;
     while (PyDict_Next(slot->planes, &position, &key, &array)) {
-        names[count] = PyUnicode_AsUTF8(key);
-        arrays[count++] = (PyArrayObject *)array;
+        if (PyUnicode_CompareWithASCIIString(key, VOTES) != 0) {
+            names[count] = PyUnicode_AsUTF8(key);
+            arrays[count++] = (PyArrayObject *)array;
+        }
     }
     for (int i = 0; i < OB_MOMENTS; i++) {
         if (slot->moments[i] != NULL) {
@@ -89,10 +102,19 @@ slot_state(const ob_slot *slot)
     const char *names[OB_SLOT_ARRAYS];
     PyArrayObject *arrays[OB_SLOT_ARRAYS];
     const size_t count = ob_slot_arrays(slot, names, arrays);
+    const ob_planes *view = &slot->layer->view;
     PyObject *state = PyDict_New();
     for (size_t i = 0; state != NULL && i < count; i++) {
         PyObject *copy = PyArray_NewCopy(arrays[i], NPY_CORDER);
         if (copy == NULL || PyDict_SetItemString(state, names[i], copy) < 0) {
+            Py_CLEAR(state);
+        }
+        Py_XDECREF(copy);
+    }
+    if (state != NULL && view->votes != NULL && view->control[OB_CTL_MICRO] > 0) {
+        PyObject *votes = item_of(slot->planes, VOTES);
+        PyObject *copy = votes != NULL ? PyArray_NewCopy((PyArrayObject *)votes, NPY_CORDER) : NULL;
+        if (copy == NULL || PyDict_SetItemString(state, VOTES, copy) < 0) {
             Py_CLEAR(state);
         }
         Py_XDECREF(copy);
@@ -131,9 +153,7 @@ ob_optimizer_state_dict(PyObject *object, PyObject *Py_UNUSED(none))
 static PyObject *
 field(const ob_call *call, PyObject *state, const char *name)
 {
-    PyObject *key = PyUnicode_FromString(name);
-    PyObject *value = key != NULL ? PyDict_GetItemWithError(state, key) : NULL;
-    Py_XDECREF(key);
+    PyObject *value = item_of(state, name);
     if (value == NULL && !PyErr_Occurred()) {
         ob_fail(call, PyExc_ValueError, "'state' lacks the key '%s'", name);
     }
@@ -168,29 +188,60 @@ take_stripe(const ob_slot *slot, PyObject *state, ob_call *call, ob_spare *spare
     return control[OB_CTL_STRIPE] == (double)view->stripe ? 0 : ob_spare_make(spare, slot, control);
 }
 
-/* The source of every array of a slot, strong references in `sources`. */
+/* Votes held between micro-batches: 1 if the state has them, 0 if it needs none, -1 with an exception */
+static int
+take_votes(const ob_slot *slot, PyObject *state, ob_call *call, double micro,
+           PyArrayObject **source)
+{
+    PyObject *mine = item_of(slot->planes, VOTES), *item = item_of(state, VOTES);
+    if (PyErr_Occurred()) {
+        return -1;
+    }
+    if ((mine == NULL && item != NULL) || (mine != NULL && item == NULL && micro > 0)) {
+        return ob_fail(call, PyExc_ValueError,
+                       "'state' was saved between micro-batches of an optimizer %s a vote plane, "
+                       "and this one has %s",
+                       mine == NULL ? "with" : "without", mine == NULL ? "none" : "one");
+    }
+    if (item == NULL) {
+        return 0;
+    }
+    if (ob_take_array(call, item, VOTES, ob_spec_like((PyArrayObject *)mine)) == NULL) {
+        return -1;
+    }
+    *source = (PyArrayObject *)Py_NewRef(item);
+    return 1;
+}
+
+/* The source of every array of a slot, strong references in `sources`, that of the votes last. */
 static int
 take_slot(const ob_slot *slot, PyObject *state, ob_call *call, PyArrayObject **sources)
 {
     const char *names[OB_SLOT_ARRAYS];
     PyArrayObject *arrays[OB_SLOT_ARRAYS];
     const size_t count = ob_slot_arrays(slot, names, arrays);
+    double micro = 0.0;
     for (size_t i = 0; i < count; i++) {
         PyObject *item = field(call, state, names[i]);
-        int fits = item != NULL &&
-                   (strcmp(names[i], "control") == 0
-                        ? ob_take_control(call, item, names[i], 0) != NULL
-                        : ob_take_array(call, item, names[i], ob_spec_like(arrays[i])) != NULL);
-        if (!fits) {
+        if (item != NULL && strcmp(names[i], "control") == 0) {
+            const double *control = ob_take_control(call, item, names[i], 0);
+            if (control == NULL) {
+                return -1;
+            }
+            micro = control[OB_CTL_MICRO];
+        }
+        else if (item == NULL ||
+                 ob_take_array(call, item, names[i], ob_spec_like(arrays[i])) == NULL) {
             return -1;
         }
         sources[i] = (PyArrayObject *)Py_NewRef(item);
     }
-    if ((size_t)PyDict_GET_SIZE(state) != count) {
+    int votes = take_votes(slot, state, call, micro, &sources[OB_SLOT_ARRAYS - 1]);
+    if (votes >= 0 && (size_t)PyDict_GET_SIZE(state) != count + (size_t)votes) {
         return ob_fail(call, PyExc_ValueError, "'state' must hold %zu arrays per layer, got %zd",
                        count, PyDict_GET_SIZE(state));
     }
-    return 0;
+    return votes < 0 ? -1 : 0;
 }
 
 /* Every layer's sources, and planes where another stripe was in training than now. */
@@ -251,6 +302,19 @@ take_header(const ob_optimizer *self, const ob_call *call, PyObject *state, ob_o
 }
 
 static void
+copy_votes(const ob_layer *layer, const PyArrayObject *source)
+{
+    const ob_planes *view = &layer->view;
+    size_t rows = ob_active_rows(layer->n, view->stripes, view->stripe);
+    if (view->votes != NULL && source != NULL) {
+        memmove(view->votes, PyArray_DATA(source), (size_t)PyArray_NBYTES(source));
+    }
+    else if (view->votes != NULL) {
+        memset(view->votes, 0, rows * layer->k * sizeof *view->votes);
+    }
+}
+
+static void
 copy_slots(ob_optimizer *self, ob_spare *spares, PyArrayObject *const *sources)
 {
     const char *names[OB_SLOT_ARRAYS];
@@ -265,6 +329,7 @@ copy_slots(ob_optimizer *self, ob_spare *spares, PyArrayObject *const *sources)
             memmove(PyArray_DATA(arrays[j]), PyArray_DATA(sources[i * OB_SLOT_ARRAYS + j]),
                     (size_t)PyArray_NBYTES(arrays[j]));
         }
+        copy_votes(self->slots[i].layer, sources[i * OB_SLOT_ARRAYS + OB_SLOT_ARRAYS - 1]);
     }
 }
 

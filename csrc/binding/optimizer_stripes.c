@@ -11,7 +11,8 @@ ob_spare_make(ob_spare *spare, const ob_slot *slot, const double *control)
     if (copy != NULL) {
         memcpy(PyArray_DATA(copy), control, OB_CONTROL_LEN * sizeof *control);
     }
-    spare->planes = ob_new_planes(layer->n, layer->k, copy, PyArray_DATA(layer->packed));
+    spare->planes = ob_new_planes(layer->n, layer->k, copy, layer->view.votes != NULL,
+                                  PyArray_DATA(layer->packed));
     return spare->planes == NULL ||
                    ob_view_planes(spare->planes, PyArray_DATA(layer->packed), &spare->view) < 0
                ? -1

@@ -12,6 +12,7 @@ enum {
     SKETCH,
     MOMENTUM,
     MOMENTUM_SCALE,
+    VOTES,
     CONTROL,
     PLANES
 };
@@ -20,7 +21,7 @@ static const char *const plane_names[PLANES] = {
     [RESIDUAL] = "residual",     [ROW_SUM] = "row_sum",
     [COL_SUM] = "col_sum",       [SKETCH] = "sketch",
     [MOMENTUM] = "momentum",     [MOMENTUM_SCALE] = "momentum_scale",
-    [CONTROL] = "control",
+    [VOTES] = "votes",           [CONTROL] = "control",
 };
 
 static ob_rule
@@ -35,10 +36,12 @@ rows_of(size_t n, const double *control)
     return ob_active_rows(n, (size_t)control[OB_CTL_STRIPES], (size_t)control[OB_CTL_STRIPE]);
 }
 
+/* Whether a rule has the plane; that of the votes is optional for each */
 static int
-has_plane(ob_rule rule, int plane)
+has_plane(ob_rule rule, int plane, int votes)
 {
-    return plane == RESIDUAL                              ? ob_rule_residual_bits(rule) > 0
+    return plane == VOTES                                 ? votes
+           : plane == RESIDUAL                            ? ob_rule_residual_bits(rule) > 0
            : plane == MOMENTUM || plane == MOMENTUM_SCALE ? ob_rule_momentum_bits(rule) > 0
                                                           : 1;
 }
@@ -62,6 +65,9 @@ plane_spec(int plane, ob_rule rule, npy_intp rows, npy_intp k, int *type)
         *type = bits == 8 ? NPY_INT8 : NPY_UINT8;
         return (ob_spec){
             bits == 8 ? OB_KIND_I8 : OB_KIND_U8, OB_WRITE, 3, {rows, blocks, 8 * bits}, NULL};
+    case VOTES:
+        *type = NPY_INT16;
+        return (ob_spec){OB_KIND_I16, OB_WRITE, 2, {rows, k}, NULL};
     case MOMENTUM_SCALE:
         *type = NPY_UINT16;
         return (ob_spec){OB_KIND_RAW_BF16, OB_WRITE, 2, {rows, blocks}, NULL};
@@ -117,7 +123,7 @@ check_rule(const ob_call *call, ob_rule rule, unsigned seen)
 {
     for (int i = 0; i < PLANES; i++) {
         int given = seen >> i & 1u;
-        if (given != has_plane(rule, i)) {
+        if (given != has_plane(rule, i, seen >> VOTES & 1u)) {
             return ob_fail(call, PyExc_ValueError, "'planes' %s the key '%s' (rule %s)",
                            given ? "must not have" : "lacks", plane_names[i], ob_rule_name(rule));
         }
@@ -133,7 +139,7 @@ planes_of(void *const data[PLANES], uint8_t *codes)
     return (ob_planes){rule,
                        (size_t)control[OB_CTL_STRIPES],
                        (size_t)control[OB_CTL_STRIPE],
-                       ob_rule_moves_in_vote(rule) ? codes : NULL,
+                       ob_rule_moves_in_vote(rule) && data[VOTES] == NULL ? codes : NULL,
                        data[RESIDUAL],
                        data[MOMENTUM],
                        data[MOMENTUM_SCALE],
@@ -142,7 +148,8 @@ planes_of(void *const data[PLANES], uint8_t *codes)
                        data[ROW_SUM],
                        data[COL_SUM],
                        data[SKETCH],
-                       data[CONTROL]};
+                       data[CONTROL],
+                       data[VOTES]};
 }
 
 int
@@ -208,7 +215,7 @@ ob_take_planes(ob_call *call, PyObject *planes, size_t *n, size_t *k, ob_planes 
     npy_intp columns = *k == SIZE_MAX ? OB_FREE : (npy_intp)*k;
     for (int i = 0; i < CONTROL; i++) {
         int type = 0;
-        if (!has_plane(rule_of(control), i)) {
+        if (!(seen >> i & 1u)) {
             continue;
         }
         ob_spec spec = plane_spec(i, rule_of(control), rows, columns, &type);
@@ -252,14 +259,14 @@ ob_take_packed_of(ob_call *call, PyObject *packed, size_t *n, size_t k, const ob
 }
 
 PyObject *
-ob_new_planes(size_t n, size_t k, PyArrayObject *control, const uint8_t *packed)
+ob_new_planes(size_t n, size_t k, PyArrayObject *control, int votes, const uint8_t *packed)
 {
     PyObject *planes = control != NULL ? PyDict_New() : NULL;
     for (int i = 0; planes != NULL && i < PLANES; i++) {
         const double *values = PyArray_DATA(control);
         const npy_intp rows = (npy_intp)rows_of(n, values);
         int type = 0;
-        if (!has_plane(rule_of(values), i)) {
+        if (!has_plane(rule_of(values), i, votes)) {
             continue;
         }
         ob_spec spec = plane_spec(i, rule_of(values), rows, (npy_intp)k, &type);
@@ -283,12 +290,12 @@ ob_new_planes(size_t n, size_t k, PyArrayObject *control, const uint8_t *packed)
 }
 
 PyObject *
-ob_plane_specs(size_t n, size_t k, const double *control)
+ob_plane_specs(size_t n, size_t k, const double *control, int votes)
 {
     PyObject *specs = PyDict_New();
     for (int i = 0; specs != NULL && i < PLANES; i++) {
         int type = 0;
-        if (!has_plane(rule_of(control), i)) {
+        if (!has_plane(rule_of(control), i, votes)) {
             continue;
         }
         ob_spec spec =

@@ -191,6 +191,12 @@ get_rule(PyObject *object, void *Py_UNUSED(closure))
     return PyUnicode_FromString(ob_rule_name(((ob_optimizer *)object)->rule));
 }
 
+static PyObject *
+get_vote_plane(PyObject *object, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(((ob_optimizer *)object)->vote_plane);
+}
+
 #define RATE(name, setter, doc) {#name, get_rate, setter, doc, (void *)offsetof(ob_optimizer, name)}
 
 static PyObject *
@@ -210,6 +216,7 @@ static PyGetSetDef optimizer_properties[] = {
      (void *)offsetof(ob_optimizer, stripes)},
     {"stripe", get_count, NULL, "and which: rows n % stripes == stripe",
      (void *)offsetof(ob_optimizer, stripe)},
+    {"vote_plane", get_vote_plane, NULL, "whether the votes of a step meet in a plane first", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
@@ -259,7 +266,7 @@ PyDoc_STRVAR(
     "FlipOptimizer(layers, lr=0.03, scale_lr=1e-4, betas=(0.9, 0.95), recipe='finetune',\n"
     "              residual_bits=None, momentum_bits=None, flip_rate_cap=None, seed=0, "
     "bias_lr=1e-3,\n"
-    "              rule=None, stripes=1)\n"
+    "              rule=None, stripes=1, vote_plane=False)\n"
     "--\n\n"
     "Trains the codes of TernaryLinear layers by votes, their scales and biases by Adam.\n\n"
     "lr: cells per step for a vote of size 1; scale_lr: relative to the scale's first value; "
@@ -273,7 +280,10 @@ PyDoc_STRVAR(
     "(None:\n"
     ".025, 0: no cap).  Layers get the ids 0, 1, ... in order and are detached when the optimizer "
     "dies.\n"
-    "The first step of a layer only measures its gradient and moves no code.");
+    "The first step of a layer only measures its gradient and moves no code.\n"
+    "vote_plane: the votes of a step meet in int16 per weight and count as one vote in step(), so "
+    "that\n"
+    "micro-batches train as one batch; between steps that plane is zero and in no state_dict().");
 PyDoc_STRVAR(
     step_doc,
     "step($self, /)\n--\n\n"

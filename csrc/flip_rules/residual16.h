@@ -15,12 +15,9 @@ vote_row_residual16(const ob_vote_strip *s, size_t i, size_t n, const vf *u)
         vf r = uniform_lanes(s->rng[i], s->strip * OB_STRIP + v * LANES);
         vf d = stochastic_round(vf_mul(u[v], vf_set1(s->step)), r, 16256.0f);
         size_t count = OB_MIN(s->columns - v * LANES, (size_t)LANES);
-        uint16_t block[LANES] = {0};
-        memcpy(block, e + v * LANES, count * sizeof *e);
-        vf moved = vf_add(vi_to_f32(vi_sra(vi_sll(vi_load_u16(block), 16), 16)), d);
+        vf moved = vf_add(vi_to_f32(load_words(e + v * LANES, count)), d);
         moved = vf_max(vf_min(moved, vf_set1(16256.0f)), vf_set1(-16256.0f));
-        vi_store_u16(block, vi_and(vi_from_f32(moved), vi_set1(0xFFFF)));
-        memcpy(e + v * LANES, block, count * sizeof *e);
+        store_words(e + v * LANES, count, vi_from_f32(moved));
     }
     return 0;
 }

@@ -41,6 +41,8 @@
 
 #include "vote.tmpl.h"
 
+#include "held.tmpl.h"
+
 #include "flip.tmpl.h"
 
 #define OB_TABLE_NAME_(isa) ob_kernels__##isa
@@ -66,6 +68,13 @@ const ob_kernels OB_TABLE_NAME(OB_ISA_NAME) = {
     .vote_tile =
         {
 #define OB_RULE(name, residual_bits, momentum_bits, units) vote_tile_##name,
+#include "../flip_rules/rules.def"
+#undef OB_RULE
+        },
+    .hold_tile = hold_tile,
+    .cast_row =
+        {
+#define OB_RULE(name, residual_bits, momentum_bits, units) cast_row_##name,
 #include "../flip_rules/rules.def"
 #undef OB_RULE
         },

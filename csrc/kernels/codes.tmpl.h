@@ -83,3 +83,29 @@ store_nibbles(uint8_t *bytes, const vi *e)
         vi_store_i8((int8_t *)bytes + half * LANES, both);
     }
 }
+
+/* The first `count` of 16 int16 as lanes, zeros beyond; and back. */
+OB_INLINE vi
+load_words(const int16_t *words, size_t count)
+{
+    uint16_t tail[LANES] = {0};
+    const uint16_t *p = (const uint16_t *)words;
+    if (count < LANES) {
+        memcpy(tail, words, count * sizeof *words);
+        p = tail;
+    }
+    return vi_sra(vi_sll(vi_load_u16(p), 16), 16);
+}
+
+OB_INLINE void
+store_words(int16_t *words, size_t count, vi e)
+{
+    vi bits = vi_and(e, vi_set1(0xFFFF)); /* vi_store_u16 takes values of uint16 */
+    if (count == LANES) {
+        vi_store_u16((uint16_t *)words, bits);
+        return;
+    }
+    uint16_t tail[LANES];
+    vi_store_u16(tail, bits);
+    memcpy(words, tail, count * sizeof *words);
+}

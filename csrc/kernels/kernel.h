@@ -37,6 +37,7 @@ typedef struct ob_vote_strip {
     /* momentum: m = beta1 * m + one_minus_beta1 * u; beta1 = 1 after the first micro-batch */
     float beta1, one_minus_beta1;
     int votes;                /* 0: measure only */
+    int16_t *held;            /* (rows, K), for hold_tile */
     void *residual;           /* (rows, K) or blocks (rows, strips, ...), see the rule */
     uint8_t *momentum;        /* (rows, strips, ...) */
     uint16_t *momentum_scale; /* (rows, strips) */
@@ -49,15 +50,26 @@ typedef struct ob_vote_strip {
     uint64_t *moved;   /* += codes moved by votes */
 } ob_vote_strip;
 
+/* The votes that a row's vote plane holds, to be cast at once. */
+typedef struct ob_cast_row {
+    ob_vote_strip vote; /* of planes that have this row alone; the kernel sets strip and columns */
+    size_t n;           /* this row's output */
+    int16_t *held;      /* (K,) zero afterwards */
+    float ratio;        /* R_n / mean R of the factors that the votes used */
+    const float *col_factor; /* (strips, 64) C of those, zero beyond K */
+    float *col_square;       /* (strips, 64) += u^2 * ratio */
+    float *row_square;       /* = sum over k of u^2 * C_k */
+} ob_cast_row;
+
 typedef struct ob_flip_row {
     size_t k;
-    void *residual;                 /* this row's */
-    const uint8_t *momentum;        /* (strips, ...) or NULL */
-    const uint16_t *momentum_scale; /* (strips,) or NULL */
-    ob_rng_row rng;                 /* stream MOMENTUM_STEP */
-    float step;                     /* -units * eta * guard */
-    uint8_t *packed;                /* tile16 plane */
-    size_t k_steps, n;              /* n: this row's output */
+    void *residual;           /* this row's */
+    uint8_t *momentum;        /* (strips, ...) or NULL */
+    uint16_t *momentum_scale; /* (strips,) or NULL */
+    ob_rng_row rng;           /* stream MOMENTUM_STEP */
+    float step;               /* -units * eta * guard */
+    uint8_t *packed;          /* tile16 plane */
+    size_t k_steps, n;        /* n: this row's output */
 } ob_flip_row;
 
 typedef struct ob_kernels {
@@ -104,6 +116,10 @@ typedef struct ob_kernels {
     /* Consume rows i0..i0+rows-1 of a dW tile: votes and by-products. */
     void (*vote_tile[OB_RULE_COUNT])(const ob_vote_strip *strip, size_t i0, size_t rows,
                                      const ob_acc *acc);
+    /* The same where a vote plane holds the votes, whatever the rule. */
+    void (*hold_tile)(const ob_vote_strip *strip, size_t i0, size_t rows, const ob_acc *acc);
+    /* One row's held votes into the rule's planes as one vote.  Returns codes moved. */
+    uint64_t (*cast_row[OB_RULE_COUNT])(const ob_cast_row *row);
     /* One row's step: momentum into residual, residual into codes.  Returns codes moved. */
     uint64_t (*flip_row[OB_RULE_COUNT])(const ob_flip_row *row);
 } ob_kernels;

@@ -50,7 +50,8 @@ vote_strip(void *arg, size_t task, size_t thread)
     if (v->planes) {
         strip.votes = control[OB_CTL_STEP] > 0;
         strip.step = ob_control_step(rule, control);
-        strip.clip = (float)control[OB_CTL_CLIP];
+        strip.held = v->planes->votes;
+        strip.clip = strip.held ? (float)OB_VOTE_LIMIT : (float)control[OB_CTL_CLIP];
         strip.beta1 = v->micro == 0 ? (float)control[OB_CTL_BETA1] : 1.0f;
         strip.one_minus_beta1 = (float)(1.0 - control[OB_CTL_BETA1]);
         strip.residual = v->planes->residual;
@@ -64,7 +65,8 @@ vote_strip(void *arg, size_t task, size_t thread)
         rows = OB_MIN(end - i, v->kernels->weight_rows);
         v->kernels->dot_weight(rows, v->m_padded, panel, v->hq + i * v->m_padded, v->m_padded,
                                v->h_sum + i, acc);
-        v->kernels->vote_tile[rule](&strip, i, rows, (const ob_acc *)acc);
+        (strip.held ? v->kernels->hold_tile : v->kernels->vote_tile[rule])(&strip, i, rows,
+                                                                           (const ob_acc *)acc);
     }
     __atomic_fetch_add(&v->moved, moved, __ATOMIC_RELAXED);
 }
@@ -85,8 +87,9 @@ prepare_votes(vote_call *v)
             total += v->planes->row_factor[i];
         }
         mean = (float)(total / (double)v->rows);
-        enum ob_stream stream =
-            ob_rule_momentum_bits(v->planes->rule) ? OB_STREAM_MOMENTUM : OB_STREAM_VOTE;
+        enum ob_stream stream = !v->planes->votes && ob_rule_momentum_bits(v->planes->rule)
+                                    ? OB_STREAM_MOMENTUM
+                                    : OB_STREAM_VOTE;
         key = ob_control_key(v->control, (double)v->micro, stream);
     }
     for (size_t i = 0; i < v->rows; i++) {

@@ -184,5 +184,12 @@ int ob_ref_residual(const ob_planes *planes, size_t inputs, size_t i, size_t k);
 int ob_ref_apply(ob_planes *planes, uint8_t *packed, size_t inputs, size_t i, size_t k, float u,
                  ob_rng_row random);
 int ob_ref_step(ob_planes *planes, uint8_t *packed, size_t inputs, size_t i, size_t k);
+/* Votes u (K,) into the momentum of row i; a step's first micro-batch lets it decay. */
+void ob_ref_vote_momentum(size_t inputs, const float *u, uint64_t micro, enum ob_stream stream,
+                          size_t i, ob_planes *planes);
+
+/* reference_flip.c */
+float ob_ref_sum_row(size_t inputs, const float *q);
+float ob_ref_mean(float sum, size_t count);
 
 #endif

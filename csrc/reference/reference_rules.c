@@ -1,4 +1,4 @@
-/* reference_rules.c - every flip rule on one weight. */
+/* reference_rules.c - every flip rule on one weight, and the momentum on a row of them. */
 #include "reference.h"
 
 static uint8_t *
@@ -86,4 +86,43 @@ ob_ref_step(ob_planes *planes, uint8_t *packed, size_t inputs, size_t i, size_t 
     int up = e > half && t < 1, down = e < -half && t > -1;
     set_residual(planes, inputs, i, k, up ? e - cell : down ? e + cell : ob_ref_clamp(e, half));
     return move_code(planes, packed, inputs, i, k, t + up - down);
+}
+
+/* bfloat16 >= a >= 0, the nearest */
+static uint16_t
+bf16_up(float a)
+{
+    return (uint16_t)((ob_ref_bits(a) + 0xFFFFu) >> 16);
+}
+
+/* Votes of row i into the momentum, block by block of 64 columns. */
+void
+ob_ref_vote_momentum(size_t inputs, const float *u, uint64_t micro, enum ob_stream stream, size_t i,
+                     ob_planes *planes)
+{
+    const double *control = planes->control;
+    uint64_t key = ob_ref_key(control, micro, stream);
+    ob_rng_row random = ob_rng_at_row(key, ob_ref_output(planes, i));
+    float beta1 = micro == 0 ? (float)control[OB_CTL_BETA1] : 1.0f;
+    float share = (float)(1.0 - control[OB_CTL_BETA1]);
+    int bits = ob_rule_momentum_bits(planes->rule);
+    float top = bits == 8 ? 127.0f : 7.0f;
+    size_t blocks = OB_CEIL_DIV(inputs, 64);
+    uint8_t *codes = planes->momentum + i * blocks * 8 * (size_t)bits;
+    for (size_t block = 0; block < blocks; block++) {
+        uint16_t *scale = &planes->momentum_scale[i * blocks + block];
+        float s = ob_ref_load(OB_BF16, scale, 0), m[64], a = 0.0f;
+        size_t first = block * 64, count = OB_MIN(inputs - first, (size_t)64);
+        for (size_t j = 0; j < count; j++) {
+            float old = (float)ob_ref_field(codes, bits, first + j) * s;
+            m[j] = beta1 * old + share * u[first + j];
+            a = fmaxf(a, fabsf(m[j]));
+        }
+        *scale = a < OB_REF_TINY ? 0 : bf16_up(a / top);
+        float inverse = 1.0f / ob_ref_load(OB_BF16, scale, 0);
+        for (size_t j = 0; j < count; j++) {
+            int code = a < OB_REF_TINY ? 0 : ob_ref_round(m[j] * inverse, random, first + j, top);
+            ob_ref_set_field(codes, bits, first + j, code);
+        }
+    }
 }

@@ -82,36 +82,6 @@ multiply(micro_batch *b)
     }
 }
 
-/* The row sum of q (K,): strips of 64 columns as 16 lanes and a tree, strips in order. */
-static float
-sum_row(size_t inputs, const float *q)
-{
-    float total = 0.0f;
-    for (size_t first = 0; first < inputs; first += 64) {
-        float strip[64] = {0.0f}, lane[16];
-        for (size_t j = 0; j < 64 && first + j < inputs; j++) {
-            strip[j] = q[first + j];
-        }
-        for (size_t l = 0; l < 16; l++) {
-            lane[l] = ((strip[l] + strip[l + 16]) + strip[l + 32]) + strip[l + 48];
-        }
-        for (size_t half = 8; half > 0; half /= 2) {
-            for (size_t l = 0; l < half; l++) {
-                lane[l] = lane[l] + lane[l + half];
-            }
-        }
-        total = first == 0 ? lane[0] : total + lane[0];
-    }
-    return total;
-}
-
-/* the mean of nothing is 0 */
-static float
-mean(float sum, size_t count)
-{
-    return count > 0 ? sum / (float)count : 0.0f;
-}
-
 /* s'_n: the weight scale without the loss scale */
 static float
 unscaled(const micro_batch *b, size_t n)
@@ -139,7 +109,7 @@ measure_column(const micro_batch *b, size_t k, ob_planes *planes)
         }
         total = first == 0 ? block : total + block;
     }
-    planes->col_sum[k] += mean(total, rows);
+    planes->col_sum[k] += ob_ref_mean(total, rows);
 }
 
 /* row_sum (N',) += mean_k g^2, col_sum (K,) += mean_n g^2, sketch (N',) += sum_k t_k g, and the sketch's energy */
@@ -154,12 +124,12 @@ measure(const micro_batch *b, ob_planes *planes, float *row)
         for (size_t k = 0; k < inputs; k++) {
             row[k] = gradient(b, n, k) * gradient(b, n, k);
         }
-        planes->row_sum[i] += mean(sum_row(inputs, row), inputs);
+        planes->row_sum[i] += ob_ref_mean(ob_ref_sum_row(inputs, row), inputs);
         for (size_t k = 0; k < inputs; k++) {
             float g = gradient(b, n, k);
             row[k] = ob_rng_draw(signs, (uint32_t)k) >> 31 ? -g : g;
         }
-        float z = sum_row(inputs, row);
+        float z = ob_ref_sum_row(inputs, row);
         planes->sketch[i] += z;
         energy += (double)z * (double)z;
     }
@@ -202,43 +172,6 @@ differentiate_bias(const micro_batch *b, float *db)
     }
 }
 
-/* bfloat16 >= a >= 0, the nearest */
-static uint16_t
-bf16_up(float a)
-{
-    return (uint16_t)((ob_ref_bits(a) + 0xFFFFu) >> 16);
-}
-
-/* Votes of row i into the momentum, block by block of 64 columns. */
-static void
-vote_momentum(size_t inputs, const float *u, const micro_batch *b, size_t i, ob_planes *planes)
-{
-    uint64_t key = ob_ref_key(b->control, b->micro, OB_STREAM_MOMENTUM);
-    ob_rng_row random = ob_rng_at_row(key, ob_ref_output(planes, i));
-    float beta1 = b->micro == 0 ? (float)b->control[OB_CTL_BETA1] : 1.0f;
-    float share = (float)(1.0 - b->control[OB_CTL_BETA1]);
-    int bits = ob_rule_momentum_bits(planes->rule);
-    float top = bits == 8 ? 127.0f : 7.0f;
-    size_t blocks = OB_CEIL_DIV(inputs, 64);
-    uint8_t *codes = planes->momentum + i * blocks * 8 * (size_t)bits;
-    for (size_t block = 0; block < blocks; block++) {
-        uint16_t *scale = &planes->momentum_scale[i * blocks + block];
-        float s = ob_ref_load(OB_BF16, scale, 0), m[64], a = 0.0f;
-        size_t first = block * 64, count = OB_MIN(inputs - first, (size_t)64);
-        for (size_t j = 0; j < count; j++) {
-            float old = (float)ob_ref_field(codes, bits, first + j) * s;
-            m[j] = beta1 * old + share * u[first + j];
-            a = fmaxf(a, fabsf(m[j]));
-        }
-        *scale = a < OB_REF_TINY ? 0 : bf16_up(a / top);
-        float inverse = 1.0f / ob_ref_load(OB_BF16, scale, 0);
-        for (size_t j = 0; j < count; j++) {
-            int code = a < OB_REF_TINY ? 0 : ob_ref_round(m[j] * inverse, random, first + j, top);
-            ob_ref_set_field(codes, bits, first + j, code);
-        }
-    }
-}
-
 /* Votes of row i into the residual, and into the codes where the rule moves them at once. */
 static void
 vote_residual(size_t inputs, const float *u, const micro_batch *b, size_t i, ob_planes *planes)
@@ -251,6 +184,19 @@ vote_residual(size_t inputs, const float *u, const micro_batch *b, size_t i, ob_
     }
 }
 
+/* Votes of row i into the vote plane, in 1/1024. */
+static void
+hold_votes(size_t inputs, const float *u, const micro_batch *b, size_t i, ob_planes *planes)
+{
+    uint64_t key = ob_ref_key(b->control, b->micro, OB_STREAM_VOTE);
+    ob_rng_row random = ob_rng_at_row(key, ob_ref_output(planes, i));
+    for (size_t k = 0; k < inputs; k++) {
+        int16_t *held = &planes->votes[i * inputs + k];
+        int vote = ob_ref_round(u[k] * 1024.0f, random, k, 40000.0f);
+        *held = (int16_t)ob_ref_clamp(*held + vote, 32767);
+    }
+}
+
 static void
 cast_votes(const micro_batch *b, ob_planes *planes, float *u)
 {
@@ -260,7 +206,7 @@ cast_votes(const micro_batch *b, ob_planes *planes, float *u)
         sum += (double)planes->row_factor[i];
     }
     float average = (float)(sum / (double)rows);
-    float clip = (float)b->control[OB_CTL_CLIP];
+    float clip = planes->votes != NULL ? 31.0f : (float)b->control[OB_CTL_CLIP];
     for (size_t i = 0; i < rows; i++) {
         size_t n = ob_ref_output(planes, i);
         float q = planes->row_factor[i] / average;
@@ -271,8 +217,11 @@ cast_votes(const micro_batch *b, ob_planes *planes, float *u)
             float v = ((float)b->acc[n * inputs + k] * a) * c;
             u[k] = isnan(v) ? 0.0f : fmaxf(-clip, fminf(clip, v));
         }
-        if (ob_rule_momentum_bits(planes->rule) > 0) {
-            vote_momentum(inputs, u, b, i, planes);
+        if (planes->votes != NULL) {
+            hold_votes(inputs, u, b, i, planes);
+        }
+        else if (ob_rule_momentum_bits(planes->rule) > 0) {
+            ob_ref_vote_momentum(inputs, u, b->micro, OB_STREAM_MOMENTUM, i, planes);
         }
         else {
             vote_residual(inputs, u, b, i, planes);

@@ -21,6 +21,7 @@ typedef struct shape {
     int row_scale, bias;
     ob_rule rule;
     size_t stripes;
+    int held; /* with a vote plane */
 } shape;
 
 static shape now; /* for the report of a fault */
@@ -32,11 +33,11 @@ static void
 report(const char *what)
 {
     fprintf(stderr,
-            "%s in %s, isa %s, buffers flush at their %s: M=%zu N=%zu K=%zu %s%s%s rule %s/%zu\n",
+            "%s in %s, isa %s, buffers flush at their %s: M=%zu N=%zu K=%zu %s%s%s rule %s/%zu%s\n",
             what, operation, ob_isa_name(ob_isa_active()), guard_at_end ? "end" : "beginning",
             now.m, now.n, now.k, now.dt == OB_BF16 ? "bf16" : "f32",
             now.row_scale ? " row scales" : "", now.bias ? " bias" : "", ob_rule_name(now.rule),
-            now.stripes);
+            now.stripes, now.held ? " held" : "");
 }
 
 static void
@@ -158,7 +159,8 @@ new_planes(const shape *s, uint8_t *packed)
     size_t strips = (s->k + 63) / 64, rows = plane_rows(s, &p);
     int momentum = ob_rule_momentum_bits(s->rule) > 0;
     size_t bytes = ob_rule_residual_row_bytes(s->rule, s->k);
-    p.codes = ob_rule_moves_in_vote(s->rule) ? packed : NULL;
+    p.codes = ob_rule_moves_in_vote(s->rule) && !s->held ? packed : NULL;
+    p.votes = s->held ? zeros(rows * s->k * 2, 2) : NULL;
     p.residual = bytes ? zeros(rows * bytes, s->rule == OB_RULE_residual16 ? 2 : 1) : NULL;
     p.momentum = momentum ? zeros(rows * ob_rule_momentum_row_bytes(s->rule, s->k), 1) : NULL;
     p.momentum_scale = momentum ? zeros(rows * strips * 2, 2) : NULL;
@@ -199,6 +201,7 @@ absorb_planes(uint64_t *hash, const shape *s, ob_planes *p)
     absorb(hash, p->col_sum, s->k * 4);
     absorb(hash, p->sketch, rows * 4);
     absorb(hash, p->control, OB_CONTROL_LEN * 8);
+    absorb(hash, p->votes, p->votes ? rows * s->k * 2 : 0);
 }
 
 /* One layer: two steps of two micro-batches, the first step measuring. */
@@ -301,7 +304,8 @@ run_grid(size_t every)
                               odd >> 1 & 1 && n,
                               odd >> 2 & 1,
                               (ob_rule)((odd >> 3) % OB_RULE_COUNT),
-                              (odd >> 9) % 4};
+                              (odd >> 9) % 4,
+                              odd >> 13 & 1};
                 ob_set_num_threads(shapes % 16 ? 1 : 3);
                 run_shape();
                 shapes++;

@@ -43,7 +43,7 @@ typedef struct problem {
     ob_rule rule;
     size_t stripes;
     size_t micro; /* micro-batches per step */
-    int row_scale, bias;
+    int row_scale, bias, held;
     /* made from the above */
     size_t plane_bytes, strips;
     void *x, *dy; /* (M, K), (M, N) of type dt */
@@ -203,12 +203,13 @@ make_outputs(const problem *p)
                    .row_sum = zeros(rows * 4),
                    .col_sum = zeros(p->k * 4),
                    .sketch = zeros(rows * 4),
-                   .control = zeros(sizeof control)},
+                   .control = zeros(sizeof control),
+                   .votes = p->held ? zeros(rows * p->k * 2) : NULL},
     };
     memcpy(o.packed, p->packed, p->plane_bytes);
     memcpy(o.planes.control, control, sizeof control);
     o.planes.control[OB_CTL_STRIPE] = (double)o.planes.stripe;
-    o.planes.codes = ob_rule_moves_in_vote(p->rule) ? o.packed : NULL;
+    o.planes.codes = ob_rule_moves_in_vote(p->rule) && !p->held ? o.packed : NULL;
     ob_start_residual(p->n, p->k, o.packed, &o.planes);
     return o;
 }
@@ -219,7 +220,7 @@ typedef struct field {
     size_t bytes;
 } field;
 
-enum { FIELDS = 16 };
+enum { FIELDS = 17 };
 
 static void
 list_fields(const problem *p, outputs *o, field *f)
@@ -243,6 +244,7 @@ list_fields(const problem *p, outputs *o, field *f)
         {"column sum", planes->col_sum, p->k * 4},
         {"sketch", planes->sketch, rows * 4},
         {"control", planes->control, OB_CONTROL_LEN * sizeof(double)},
+        {"votes", planes->votes, planes->votes ? rows * p->k * 2 : 0},
     };
     memcpy(f, fields, sizeof fields);
 }
@@ -291,12 +293,13 @@ compare(const problem *p, outputs *want, outputs *got, size_t threads)
         compared += a[i].bytes;
         if (a[i].bytes && memcmp(a[i].data, b[i].data, a[i].bytes) != 0) {
             differences++;
-            fprintf(
-                stderr,
-                "%s differs: %s, %zu threads, M=%zu N=%zu K=%zu kind %d %s %s/%zu micro %zu%s%s\n",
-                a[i].name, ob_isa_name(ob_isa_active()), threads, p->m, p->n, p->k, p->kind,
-                p->dt == OB_BF16 ? "bf16" : "f32", ob_rule_name(p->rule), p->stripes, p->micro,
-                p->row_scale ? " row scales" : "", p->bias ? " bias" : "");
+            fprintf(stderr,
+                    "%s differs: %s, %zu threads, M=%zu N=%zu K=%zu kind %d %s %s%s/%zu micro "
+                    "%zu%s%s\n",
+                    a[i].name, ob_isa_name(ob_isa_active()), threads, p->m, p->n, p->k, p->kind,
+                    p->dt == OB_BF16 ? "bf16" : "f32", ob_rule_name(p->rule),
+                    p->held ? " held" : "", p->stripes, p->micro, p->row_scale ? " row scales" : "",
+                    p->bias ? " bias" : "");
         }
     }
 }
@@ -359,7 +362,8 @@ main(int count, char **words)
                                  .stripes = index % 4 == 3 ? 3 : 1,
                                  .micro = 1 + 2 * (s % 2),
                                  .row_scale = (s + (size_t)rule) % 2 == 1,
-                                 .bias = (s + (size_t)kind) % 2 == 1};
+                                 .bias = (s + (size_t)kind) % 2 == 1,
+                                 .held = (index / 5) % 2 == 1};
                     check_problem(&p);
                     made++;
                 }
