@@ -44,8 +44,8 @@ def choose_rule(
 
 def kinds(layer: BitLinear, rule: str | None, stripes: int = 1, stripe: int = 0) -> Kinds:
     """Shape and dtype of everything that a rule keeps for a layer, and of `draws`, which every layer has."""
-    where = {"stripes": stripes, "stripe": stripe}
-    found = {} if rule is None else _core.plane_specs(layer.out_features, layer.in_features, rule, **where)
+    n, k = layer.out_features, layer.in_features
+    found = {} if rule is None else _core.plane_specs(n, k, rule, stripes=stripes, stripe=stripe)
     control = {"draws": ((len(CONTROL),), torch.float64)}
     return {name: (shape, _tensor(np.empty(0, dtype)).dtype) for name, (shape, dtype) in found.items()} | control
 

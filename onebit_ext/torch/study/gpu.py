@@ -53,7 +53,7 @@ class _Shadow(torch.autograd.Function):
         return scaled(multiply(xq, codes), sx, scale, x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         turned, scale, xq, sx = ctx.saved_tensors
         dy = dy.contiguous()
         (m, n), bf16 = dy.shape, dy.dtype == torch.bfloat16
@@ -110,7 +110,7 @@ class Trainer:
         self.floats = [p for p in self.model.parameters() if id(p) not in ours]
         self.weights = [layer.weight for layer in self.shadows]
         self.float_lr, self.shadow_lr = torch.zeros((), device=device), torch.zeros((), device=device)
-        options = {"betas": (0.9, 0.95), "weight_decay": 0.0, "capturable": device.type == "cuda"}
+        options: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.0, "capturable": device.type == "cuda"}
         self.adamw = [torch.optim.AdamW(self.floats, lr=self.float_lr, **options)]
         if self.weights:
             self.adamw.append(torch.optim.AdamW(self.weights, lr=self.shadow_lr, **options))
@@ -149,6 +149,12 @@ class Trainer:
                 total += self.model.loss(part.long()).float() * len(part)
         return float(total) / len(windows)
 
+    def rotates(self, step: int) -> bool:
+        """Whether the next stripe of a block-cyclic arm begins."""
+        if not self.stripe_steps or not step or step % self.stripe_steps:
+            return False
+        return step // self.stripe_steps < self.stripes
+
     def run(self, points: int = 10) -> dict[str, Any]:
         """Train; a record of losses at `points`, flip rates, seconds, bytes."""
         steps, val = self.plan["steps"], self.plan["val"]
@@ -163,7 +169,7 @@ class Trainer:
                     break
             if step == steps:
                 break
-            if self.stripe_steps and step and step % self.stripe_steps == 0 and step // self.stripe_steps < self.stripes:
+            if self.rotates(step):
                 assert self.rules is not None
                 self.rules.rotate()
             if step == nearest:
@@ -230,4 +236,3 @@ def codes_and_floats(model: Any) -> dict[str, Any]:
     inside = {id(layer.weight) for layer in model.modules() if isinstance(layer, Shadow)}
     floats = {name: p.detach().clone() for name, p in model.named_parameters() if id(p) not in inside}
     return {"weights": shadows, "floats": floats}
-
