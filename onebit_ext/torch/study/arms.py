@@ -14,9 +14,9 @@ QUANTA = {16: 1 / 16384, 8: 1 / 128, 4: 1 / 15, 2: 1 / 3}  # of a residual's gri
 class Arm:
     """prepare(model, **options) with one dial, tried at each of `factors` times the task's eta.
 
-    bits: persistent ones per weight, nominal.  quantum: of what the rule writes, in cells.  dial: what is tuned.  "eta":
-    cells per step of the codes; "hybrid": AdamW's rate of the float weight, in cells too (times mean |W|); "scale": the
-    scales' rate.
+    bits: persistent ones per weight, nominal.  quantum: of what the rule writes, in cells.  dial: what is tuned.
+    "eta": cells per step of the codes, or the rate of Bop's mean; "hybrid": AdamW's rate of the float weight, in cells
+    (times mean |W|); "scale": the scales' rate.
     """
 
     name: str

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..demo.train import training, weight_count
+from ..demo.train import training
 from .arms import BY_NAME, HYBRID, Arm
 from .engine import Engine
 from .tasks import State, Task, Teaching
@@ -22,21 +22,24 @@ def train_arm(
     arm: Arm, task: Task, seed: int, eta: float, engine: Engine, purpose: str = "final", watch: Watch | None = None
 ) -> dict[str, Any]:
     """Train and measure.  purpose: "tune" leaves `test` unseen, "final" reports it."""
-    return _Run(arm, task, seed, eta, engine).record(purpose, watch)
+    return (engine.run or Run)(arm, task, seed, eta, engine).record(purpose, watch)
 
 
-class _Run:
+class Run:
+    """One training run, step by step; an engine may bring a subclass that trains in another way."""
+
     def __init__(self, arm: Arm, task: Task, seed: int, eta: float, engine: Engine) -> None:
         self.arm, self.task, self.seed, self.eta, self.engine = arm, task, seed, eta, engine
         model = task.new_model(seed).to(engine.device)
         self.model, self.optimizer, self.schedule = engine.prepare(model, arm, eta, task, seed)
         self.stream = task.stream(seed).to(engine.device)
-        self.weights = weight_count(self.model)
-        points = max(1, min(POINTS, task.steps // 20))
+        points = max(1, min(POINTS, task.steps // 30))
         self.points = {round(task.steps * point / points) for point in range(points + 1)}
         self.codes = engine.codes(self.model)
+        self.weights = sum(codes.numel() for codes in self.codes)
         self.curve: dict[str, list[Any]] = {"steps": [], "losses": [], "train_losses": [], "flip_rates": []}
-        self.peak, self.seconds, self.path = 0, 0.0, 0.0
+        self.peak, self.seconds = 0, 0.0
+        self.etas: list[float] = []
         self.worst: float | None = None
 
     def record(self, purpose: str, watch: Watch | None) -> dict[str, Any]:
@@ -49,7 +52,7 @@ class _Run:
         positions = self.engine.positions(self.model, self.optimizer)
         extras = self.task.finish(self.codes, self.engine.codes(self.model), positions)
         if isinstance(self.task, Teaching) and self.arm.quantum is not None:
-            extras |= {"quantum": self.arm.quantum, "path": self.task.MEAN_U * self.path}
+            extras |= self.task.law(self.arm.quantum, self.etas[1:])  # the first step only measures
         return {
             "task": self.task.name,
             "arm": self.arm.name,
@@ -93,7 +96,7 @@ class _Run:
                 begun = time.perf_counter()
 
     def loss_of(self, step: int) -> Tensor:
-        self.path += float(self.optimizer.param_groups[0]["lr"])  # of the codes
+        self.etas.append(float(self.optimizer.param_groups[0]["lr"]))  # of the codes
         return self.task.loss(self.model, self.stream[step])
 
     def after_backward(self, step: int) -> None:
@@ -122,7 +125,7 @@ def pretrain(task: Task, engine: Engine, watch: Watch) -> tuple[State, dict[str,
     The float model that comes back holds nothing but its codes, a scale per layer and the float parameters.
     """
     arm = BY_NAME[HYBRID]
-    run = _Run(arm, task, 0, task.eta, engine)
+    run = (engine.run or Run)(arm, task, 0, task.eta, engine)
     record = run.record("pretrain", watch)
     return _only_codes(engine.float_state(run.model), task.new_model(0)), record
 

@@ -209,7 +209,6 @@ class Teaching(Task):
 
     unit = "relative error"
     NOISE, REDRAWN = 1.0, 0.2  # noise: relative to the output's standard deviation
-    MEAN_U = 0.798  # E|u| of a normal u
 
     def __init__(self, name: str, size: Size) -> None:
         super().__init__(name, size)
@@ -243,6 +242,15 @@ class Teaching(Task):
         y = (x @ (self.codes * self.scale).t()).to(device)
         errors = [F.mse_loss(twin(x.to(device)), y) / y.square().mean() for twin in model.linears()]
         return {"loss": torch.stack(errors).mean().item()}
+
+    @staticmethod
+    def law(quantum: float, etas: list[float]) -> dict[str, float]:
+        """sigma^2 that rounding eta_t u_t to the quantum adds in a run, u normal: q P, for steps well below a quantum,
+        and without that condition."""
+        u = torch.special.ndtri((torch.arange(1000, dtype=torch.float64) + 0.5) / 1000).abs()
+        steps = torch.tensor(etas, dtype=torch.float64)[:, None] * u / quantum
+        rounding = (steps.frac() * (1 - steps.frac())).mean(1).sum().item() * quantum**2
+        return {"quantum": quantum, "path": steps.mean(1).sum().item() * quantum, "rounding": rounding}
 
     def finish(self, start: list[Tensor], codes: list[Tensor], positions: list[Tensor] | None) -> dict[str, Any]:
         figures = super().finish(start, codes, positions)
