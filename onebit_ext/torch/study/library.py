@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,14 @@ BLOCK = 4096  # bytes of held-out text that go to val and to test in turn
 
 
 class Library:
-    """What one size of the study needs, in one folder."""
+    """What one size of the study needs, in one folder; `steps` replaces the size's, of every task."""
 
-    def __init__(self, folder: Path, size: str) -> None:
-        self.folder, self.name, self.size = folder, size, SIZES[size]
-        self.checkpoint = folder / f"pretrained-{size}.safetensors"
+    def __init__(self, folder: Path, size: str, steps: int | None = None) -> None:
+        self.folder, self.size = folder, SIZES[size]
+        if steps is not None:
+            budgets = {name: replace(budget, steps=steps) for name, budget in self.size.budgets.items()}
+            self.size = replace(self.size, budgets=budgets)
+        self.checkpoint = folder / f"pretrained-{size}-{self.size.budgets['pretrain'].steps}.safetensors"
 
     def gather(self, names: Iterable[str], engine: Engine, say: Callable[[str], None], watch: Watch) -> None:
         """Make the texts and the checkpoint that are not there yet."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -38,31 +39,33 @@ class Run:
         self.codes = engine.codes(self.model)
         self.weights = sum(codes.numel() for codes in self.codes)
         self.curve: dict[str, list[Any]] = {"steps": [], "losses": [], "train_losses": [], "flip_rates": []}
-        self.peak, self.seconds = 0, 0.0
+        self.bytes, self.peak, self.seconds = 0, 0, 0.0
         self.etas: list[float] = []
         self.worst: float | None = None
 
     def record(self, purpose: str, watch: Watch | None) -> dict[str, Any]:
+        splits = ("val", "test") if purpose == "final" else ("val",)
         self.measure(0, [], [])
-        start = self.task.evaluate(self.model, "test" if purpose == "final" else "val")
-        self.train(watch)
-        figures = {"val": self.task.evaluate(self.model, "val")}
-        if purpose == "final":
-            figures["test"] = self.task.evaluate(self.model, "test")
-        positions = self.engine.positions(self.model, self.optimizer)
-        extras = self.task.finish(self.codes, self.engine.codes(self.model), positions)
-        if isinstance(self.task, Teaching) and self.arm.quantum is not None:
-            extras |= self.task.law(self.arm.quantum, self.etas[1:])  # the first step only measures
-        return {
+        start = self.task.evaluate(self.model, splits[-1])
+        record: dict[str, Any] = {
             "task": self.task.name,
             "arm": self.arm.name,
             "purpose": purpose,
             "seed": self.seed,
             "eta": self.eta,
             "start": start["loss"],
-            "val": figures["val"]["loss"],
-            "test": figures["test"]["loss"] if "test" in figures else None,
-            "figures": figures,  # all that the task measures, by split
+            "val": None,
+            "test": None,
+            "figures": {},  # all that the task measures, by split
+        }
+        try:
+            self.train(watch)
+            record["figures"] = {split: self.task.evaluate(self.model, split) for split in splits}
+            record |= {split: figures["loss"] for split, figures in record["figures"].items()}
+            record |= self.finish()
+        except FloatingPointError as error:  # losses stay None
+            record["diverged"] = str(error)
+        record |= {
             **self.curve,
             "worst_flip_rate": self.worst,
             "weights": self.weights,
@@ -70,8 +73,15 @@ class Run:
             "peak_bytes": self.peak,
             "seconds": self.seconds,
             "engine": self.engine.name,
-            **extras,
         }
+        return _plain(record)
+
+    def finish(self) -> dict[str, Any]:
+        positions = self.engine.positions(self.model, self.optimizer)
+        extras = self.task.finish(self.codes, self.engine.codes(self.model), positions)
+        if isinstance(self.task, Teaching) and self.arm.quantum is not None:
+            extras |= self.task.law(self.arm.quantum, self.etas[1:])  # the first step only measures
+        return extras
 
     def train(self, watch: Watch | None) -> None:
         """The engine's device is waited for at the points of the curve alone."""
@@ -117,6 +127,15 @@ class Run:
         self.curve["flip_rates"].append(rate)
         self.bytes = self.engine.persistent_bytes(self.model, self.optimizer)
         self.peak = max(self.peak, self.engine.training_bytes(self.model, self.optimizer))
+
+
+def _plain(value: Any) -> Any:
+    """None for numbers that JSON has not."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def pretrain(task: Task, engine: Engine, watch: Watch) -> tuple[State, dict[str, Any]]:

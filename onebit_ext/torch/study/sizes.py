@@ -27,7 +27,7 @@ class Size:
     facts: int
     budgets: dict[str, Budget]
     float_lr: float  # AdamW of embedding, head and norms, from scratch; fine-tuning takes a quarter
-    scale_lr: float  # relative to the first scale
+    scale_lr: float  # fine-tuning, relative to the first scale; from scratch takes six times that
     seeds: int
     student: tuple[int, int]  # outputs and inputs of the layer that meets a teacher
 
@@ -40,15 +40,15 @@ SIZES = {
         hidden=192,
         context=64,
         windows=64,
-        facts=32,
+        facts=8,
         budgets={
-            "pretrain": Budget(1000, 16, 0.05),
-            "short": Budget(150, 8, 0.08),
-            "long": Budget(240, 8, 0.06),
-            "scratch": Budget(150, 8, 0.08),
-            "copy": Budget(120, 8, 0.08),
+            "pretrain": Budget(800, 16, 0.03),
+            "short": Budget(120, 8, 0.08),
+            "long": Budget(200, 8, 0.06),
+            "scratch": Budget(250, 8, 0.03),
+            "copy": Budget(100, 8, 0.08),
             "teacher": Budget(150, 32, 0.04),
-            "facts": Budget(120, 8, 0.08),
+            "facts": Budget(100, 8, 0.08),
         },
         float_lr=4e-3,
         scale_lr=1e-3,

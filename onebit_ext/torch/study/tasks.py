@@ -28,7 +28,7 @@ class Task:
         budget = size.budgets[name]
         self.steps, self.batch, self.eta = budget.steps, budget.batch, budget.eta
         self.float_lr = size.float_lr if self.scratch else size.float_lr / 4
-        self.scale_lr = size.scale_lr
+        self.scale_lr = size.scale_lr * (6 if self.scratch else 1)
 
     def new_model(self, seed: int) -> Any:
         """A float model with `linears()`, whose absmean codes are where every arm starts."""
@@ -61,6 +61,11 @@ class Text:
 
     def windows(self, split: str, size: Size) -> Tensor:
         return windows(getattr(self, split), size.windows, size.context)
+
+    def draw(self, shape: tuple[int, int], length: int, drawn: torch.Generator) -> Tensor:
+        """(*shape, length) uint8: random windows of the training text."""
+        first = torch.randint(len(self.train) - length, shape, generator=drawn)
+        return self.train[first[..., None] + torch.arange(length)]
 
 
 def generator(seed: int) -> torch.Generator:
@@ -104,8 +109,7 @@ class Reading(Task):
 
     def stream(self, seed: int) -> Tensor:
         length = self.size.context + 1
-        first = torch.randint(len(self.text.train) - length, (self.steps, self.batch), generator=generator(seed))
-        return self.text.train[first[..., None] + torch.arange(length)]
+        return self.text.draw((self.steps, self.batch), length, generator(seed))
 
     def evaluate(self, model: Any, split: str) -> dict[str, float]:
         return {"loss": mean_loss(model, self.held_out[split])}
@@ -140,17 +144,17 @@ class Copying(Task):
 
 
 class Facts(Task):
-    """Sentences "The code of NAME is DIGITS." put into a checkpoint.
+    """Sentences "The code of NAME is DIGITS." put into a checkpoint, in batches whose other half is the old text.
 
     Every fact is trained on; half of them are asked for in `val`, the others in `test`. The loss is nats per byte of
-    the digits plus that of the old text: recall that costs the old text is worth nothing.
+    the digits plus that of the old text: recall that costs the old text is worth less.
     """
 
     HEAD, DIGITS, NAME = b"The code of ", 4, 6
 
     def __init__(self, name: str, size: Size, old: Text, start: State) -> None:
         super().__init__(name, size)
-        self.start = start
+        self.start, self.text = start, old
         self.old = {split: old.windows(split, size) for split in SPLITS}
         self.facts = self._facts(size.facts)  # (facts, bytes) uint8
 
@@ -167,10 +171,10 @@ class Facts(Task):
         return model
 
     def stream(self, seed: int) -> Tensor:
-        length = self.size.context + 1
+        length, half, drawn = self.size.context + 1, self.batch // 2, generator(seed)
         each = -(-length // self.facts.shape[1])
-        drawn = torch.randint(len(self.facts), (self.steps, self.batch, each), generator=generator(seed))
-        return self.facts[drawn].flatten(2)[..., :length]
+        facts = self.facts[torch.randint(len(self.facts), (self.steps, self.batch - half, each), generator=drawn)]
+        return torch.cat([facts.flatten(2)[..., :length], self.text.draw((self.steps, half), length, drawn)], 1)
 
     @torch.no_grad()
     def evaluate(self, model: Any, split: str) -> dict[str, float]:
@@ -179,7 +183,7 @@ class Facts(Task):
         logits = torch.cat([model(part[:, :-1])[:, place] for part in facts.split(64)])
         digits = facts[:, 1:][:, place]
         nats = F.cross_entropy(logits.reshape(-1, VOCABULARY), digits.reshape(-1)).item()
-        recall = (logits.argmax(-1) == digits).all(1).float().mean().item()
+        recall = (logits.argmax(-1) == digits).float().mean().item()
         old = mean_loss(model, self.old[split])
         return {"loss": nats + old, "digits": nats, "recall": recall, "old_text": old}
 
