@@ -25,13 +25,22 @@ def weight_count(model: nn.Module) -> int:
 def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
     """Bytes that live between two steps for the ternary layers of `model`: each storage once, of everything reachable
     from a layer and from what `optimizer` (or AutoFlip) holds for its parameters; gradients are not in it."""
-    storages: dict[int, int] = {}
-    for layer in ternary_layers(model):
-        owned = [optimizer.state.get(p) for p in layer.parameters()] if optimizer else []
-        for tensor in _tensors([vars(layer), owned]):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    layers = ternary_layers(model)
+    owned = [optimizer.state.get(p) for layer in layers for p in layer.parameters()] if optimizer else []
+    return _bytes([[vars(layer) for layer in layers], owned])
+
+
+def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the whole training state now: parameters, buffers, gradients, optimizer state; no activations."""
+    owners = [[vars(module) for module in model.modules()], [*optimizer.state.values()]]
+    gradients = [tensor.grad for tensor in _tensors(owners) if tensor.is_leaf]
+    return _bytes([owners, gradients])
+
+
+def _bytes(owners: Any) -> int:
+    """Of every storage that is reachable from `owners`, once."""
+    storages = (tensor.untyped_storage() for tensor in _tensors(owners))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def bits_per_weight(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> float:
