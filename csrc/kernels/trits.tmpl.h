@@ -23,22 +23,45 @@ split_trits(const uint8_t *restrict trits, uint8_t (*restrict c)[TRIT_LANES])
     }
 }
 
+/* Codes into the bit pairs `pair` of 64 bytes of tile16; pair 0 comes first.  Doubled, because bytes have no shift. */
+OB_INLINE void
+place_codes(const uint8_t *restrict c, int pair, uint8_t *restrict out)
+{
+    for (size_t lane = 0; lane < TRIT_LANES; lane++) {
+        uint8_t code = c[lane];
+#pragma GCC unroll 6
+        for (int i = 0; i < 2 * pair; i++) {
+            code = (uint8_t)(code + code);
+        }
+        out[lane] = pair ? out[lane] | code : code;
+    }
+}
+
 /* Strip (steps, 4, 16, 4) of trits5 -> strip (k_steps, 4, 16, 4) of tile16; what lies beyond trits5's columns is 0. */
 static void
 decode_trits(size_t steps, size_t k_steps, const uint8_t *restrict trits, uint8_t *restrict packed)
 {
-    uint8_t c[5][TRIT_LANES];
+    OB_ALIGNED(64) uint8_t c[5][TRIT_LANES];
     for (size_t i = 0; i < steps * 4; i++, trits += TRIT_LANES) {
         split_trits(trits, c);
         for (size_t j = 0; j < 5; j++) {
-            size_t group = 5 * (i / 4) + j, shift = group % 4 * 2; /* of 4 inputs */
+            size_t group = 5 * (i / 4) + j; /* of 4 inputs */
             uint8_t *out = packed + group / 4 * 256 + i % 4 * TRIT_LANES;
             if (group / 4 == k_steps) {
                 break;
             }
-            for (size_t lane = 0; lane < TRIT_LANES; lane++) {
-                uint8_t code = (uint8_t)(c[j][lane] << shift);
-                out[lane] = shift ? out[lane] | code : code;
+            switch (group % 4) {
+            case 0:
+                place_codes(c[j], 0, out);
+                break;
+            case 1:
+                place_codes(c[j], 1, out);
+                break;
+            case 2:
+                place_codes(c[j], 2, out);
+                break;
+            default:
+                place_codes(c[j], 3, out);
             }
         }
     }

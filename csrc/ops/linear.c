@@ -59,7 +59,7 @@ row_of(const void *base, ob_dtype dt, size_t index)
     return (const char *)base + index * ob_dtype_bytes(dt);
 }
 
-enum { QUANTIZE_ROWS = 16, DIRECT_ROWS = 4 /* up to here dot_trits beats decoding */ };
+enum { QUANTIZE_ROWS = 16, DIRECT_ROWS = 8 /* up to here dot_trits beats decoding */ };
 
 static void
 quantize_forward_rows(void *arg, size_t task, size_t thread)
