@@ -16,11 +16,11 @@
 /* ------------------------------------------------------------------ status */
 typedef enum ob_status {
     OB_OK = 0,
-    OB_NO_MEMORY,     /* an allocation failed */
-    OB_OVERFLOW,      /* a size does not fit (see OB_MAX_K) */
-    OB_INVALID,       /* an argument outside its domain */
-    OB_RESERVED_CODE, /* a 2-bit code 3, which stands for no ternary value */
-    OB_UNSUPPORTED    /* this build or machine cannot do it */
+    OB_NO_MEMORY, /* an allocation failed */
+    OB_OVERFLOW,  /* a size does not fit (see OB_MAX_K) */
+    OB_INVALID,   /* an argument outside its domain */
+    OB_RESERVED_CODE, /* bits that stand for no ternary value: a 2-bit code 3, a trits5 byte from 243 on */
+    OB_UNSUPPORTED /* this build or machine cannot do it */
 } ob_status;
 
 const char *ob_status_text(ob_status status); /* one static English phrase */

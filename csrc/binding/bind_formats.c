@@ -311,16 +311,15 @@ PyDoc_STRVAR(
     "tile16: (ceil(N/64), ceil(K/16), 4, 16, 4), what every kernel reads; trits5: (ceil(N/64),\n"
     "ceil(K/20), 4, 16, 4), five codes a byte, for inference; rows4: (N/4, K), the layout of\n"
     "transformers; seq2: (bytes,), four codes a byte in order.  64-byte aligned.");
-PyDoc_STRVAR(
-    unpack_doc,
-    "unpack($module, /, packed, shape, format='tile16')\n--\n\n"
-    "Bytes of a format -> codes int8 `shape` = (N, K).  ValueError on the reserved code 3.");
+PyDoc_STRVAR(unpack_doc,
+             "unpack($module, /, packed, shape, format='tile16')\n--\n\n"
+             "Bytes of a format -> codes int8 `shape` = (N, K).  ValueError on a reserved code.");
 PyDoc_STRVAR(convert_doc, "convert($module, /, packed, shape, source, target)\n--\n\n"
                           "Bytes of one format -> bytes of another, for codes of `shape` = (N, K). "
-                          " ValueError on code 3.");
+                          " ValueError on a reserved code.");
 PyDoc_STRVAR(validate_doc,
              "validate($module, /, packed, shape, format='tile16')\n--\n\n"
-             "ValueError if the bytes hold the reserved code 3 or dirty padding; otherwise None.");
+             "ValueError if the bytes hold a reserved code or dirty padding; otherwise None.");
 PyDoc_STRVAR(absmean_doc, "absmean($module, /, w)\n--\n\n"
                           "w (N, K) float32 or bfloat16 -> (packed tile16, scale float32 (1,)).\n\n"
                           "scale = max(mean |w|, 1e-5), codes = clamp(rint(w / scale), -1, 1): "

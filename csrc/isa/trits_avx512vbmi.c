@@ -39,6 +39,14 @@ dot4(__m512i acc, __m512i u8, __m512i s8)
     return acc;
 }
 
+OB_INLINE __m512i
+broadcast4(const int8_t *p)
+{
+    int32_t four;
+    memcpy(&four, p, sizeof four);
+    return _mm512_set1_epi32(four);
+}
+
 /* sum[v][p] += 4^p * code p (and 64 * code 4 in p = 3) of 16 outputs times x, over `steps` steps of 20 */
 OB_INLINE void
 add_steps(size_t steps, const uint8_t *q, const int8_t *x, __m512i sum[4][4])
@@ -48,15 +56,13 @@ add_steps(size_t steps, const uint8_t *q, const int8_t *x, __m512i sum[4][4])
     const __m512i mask[4] = {_mm512_set1_epi8(3), _mm512_set1_epi8(12), _mm512_set1_epi8(48),
                              _mm512_set1_epi8((char)OB_TRITS5_FAR)};
     for (size_t i = 0; i < steps; i++, q += 256, x += OB_TRITS5_STEP) {
-        int32_t four[5];
-        memcpy(four, x, sizeof four);
         for (size_t line = 0; line < 4; line++) {
             _mm_prefetch((const char *)q + 4096 + 64 * line, _MM_HINT_T0);
         }
         __m512i b[5];
 #pragma GCC unroll 5
         for (size_t j = 0; j < 5; j++) {
-            b[j] = _mm512_set1_epi32(four[j]);
+            b[j] = broadcast4(x + 4 * j);
         }
 #pragma GCC unroll 4
         for (size_t v = 0; v < 4; v++) {
