@@ -24,7 +24,7 @@ STACK = re.compile(
 def functions(text: str) -> Iterator[list[tuple[int, str]]]:
     """(address, instruction) of each function in the output of objdump -d; %rbp is %frame where it points there."""
     for body in re.split(r"^[0-9a-f]+ <.*>:$", text, flags=re.M)[1:]:
-        lines = re.findall(r"^\s*([0-9a-f]+):\t(?:[0-9a-f]{2,8} )+\s*\t?(.*)$", body, flags=re.M)
+        lines = re.findall(r"^\s*([0-9a-f]+):\t(?:[0-9a-f]{2,8} )+[ \t]*(.*)$", body, flags=re.M)
         framed = any(re.match(r"mov\s+%rsp,%rbp", instruction) for _, instruction in lines)
         yield [(int(at, 16), text.replace("%rbp", "%frame") if framed else text) for at, text in lines]
 
