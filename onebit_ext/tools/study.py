@@ -41,11 +41,12 @@ goes on where it was. Writes study.json, study.md and pictures.
 
   onebit-ext study                          tiny models, every method and task: about 10 minutes on 2 cores
   onebit-ext study --tasks short --arms frozen,shadow32,residual8
-  onebit-ext study --size small             25 M ternary weights: days on a CPU
+  onebit-ext study --size small             25 M ternary weights: days on a CPU; on GPUs:
+  python -m onebit_ext.torch.study.small    the fine-tuning and from-scratch tasks of that size in half an hour
 
 Exit code 0: done. 2: it could not run.
 """
-ENGINES = {"cpu": "engine", "cuda": "emulation"}  # modules of onebit_ext.torch.study with a class Engine
+ENGINES = {"cpu": "engine"}  # modules of onebit_ext.torch.study with a class Engine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
