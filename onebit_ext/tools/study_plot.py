@@ -46,7 +46,7 @@ def draw(rows: Sequence[Row], records: Sequence[Record], labels: dict[str, str],
         _scatter(
             rows, labels, "peak of the training state, MB", lambda row: row.peak_bytes / 1e6, out / "loss-peak.png"
         ),
-        _scatter(rows, labels, "seconds of training", lambda row: row.seconds, out / "loss-seconds.png"),
+        _scatter(rows, labels, "seconds of training", lambda row: row.seconds, out / "loss-seconds.png", False),
         _curves(records, labels, "losses", "validation loss", out / "curves.png"),
     ]
     if any(rate for record in _final(records) for rate in record["flip_rates"]):
@@ -84,7 +84,7 @@ def _finish(figure: Figure, panels: dict[str, Axes], labels: dict[str, str], pat
     return path
 
 
-def _scatter(rows: Sequence[Row], labels: dict[str, str], xlabel: str, x_of: Get, path: Path) -> Path:
+def _scatter(rows: Sequence[Row], labels: dict[str, str], xlabel: str, x_of: Get, path: Path, log: bool = True) -> Path:
     tasks = list(dict.fromkeys(row.task for row in rows))
     figure, panels = _panels(tasks, "held-out loss (test)")
     for task, axes in panels.items():
@@ -109,10 +109,12 @@ def _scatter(rows: Sequence[Row], labels: dict[str, str], xlabel: str, x_of: Get
                 axes.annotate(f"↑ {row.loss:.3g}", (x, top), color=colour, **place)
             if row.arm in (FROZEN, HYBRID) and inside:
                 axes.axhline(y, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)), zorder=0)
-        axes.set_xscale("log")
         axes.set_xlabel(xlabel, fontsize=9)
         axes.margins(0.08)
-        _plain_ticks(axes, [x_of(row) for row in mine])
+        if log:
+            axes.set_xscale("log")
+            _plain_ticks(axes, [x_of(row) for row in mine])
+    figure.suptitle("dotted: codes frozen, hybrid float32; bars: all seeds", color=MUTED, fontsize=9)
     return _finish(figure, panels, labels, path)
 
 
@@ -126,8 +128,8 @@ def _top(rows: Sequence[Row]) -> float:
 
 
 def _plain_ticks(axes: Axes, values: Sequence[float]) -> None:
-    low, high = min(values), max(values)
-    steps = (1, 2, 5) if high / low < 100 else (1, 3)
+    low, high = min(values, default=1), max(values, default=1)
+    steps = (1, 1.5, 2, 3, 5, 7) if high / low < 10 else (1, 2, 5) if high / low < 100 else (1, 3)
     ticks = [step * 10.0**power for power in range(-4, 6) for step in steps]
     ticks = [tick for tick in ticks if 0.8 * low <= tick <= 1.25 * high]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -190,7 +192,7 @@ def _law(records: Sequence[Record], labels: dict[str, str], path: Path) -> Path:
             markeredgecolor="white", markeredgewidth=0.6, label=labels[record["arm"]],
         )  # fmt: skip
     low = min(min(record["rounding"], record["sigma2"]) for record in records) / 2
-    high = max(max(record["rounding"], record["sigma2"]) for record in records) * 2
+    high = max(0.5, *(2 * max(record["rounding"], record["sigma2"]) for record in records))
     axes.plot([low, high], [low, high], color=INK, linewidth=1, zorder=0)
     axes.axhline(0.25, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)), zorder=0)
     axes.text(low * 1.2, 0.27, "sigma = half a cell", va="bottom", **place)
@@ -199,4 +201,9 @@ def _law(records: Sequence[Record], labels: dict[str, str], path: Path) -> Path:
     axes.set_ylabel("sigma² between twins / 2, measured, cells²")
     axes.set_title("teacher: rounding as diffusion (line: as predicted)", loc="left", color=INK, fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
-    return _finish(figure, {"teacher": axes}, labels, path)
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    shown = [label for label in labels.values() if label in handles]
+    axes.legend([handles[label] for label in shown], shown, loc="lower right", frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
