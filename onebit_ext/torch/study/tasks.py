@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ SPLITS = ("val", "test")  # tuning sees the first, the report the second
 State = dict[str, Tensor]
 
 
-class Task:
+class Task(ABC):
     """steps batches from `stream(seed)`, a loss on one of them, held-out figures on a split."""
 
     unit = "nats/byte"
@@ -30,20 +31,20 @@ class Task:
         self.float_lr = size.float_lr if self.scratch else size.float_lr / 4
         self.scale_lr = size.scale_lr * (6 if self.scratch else 1)
 
+    @abstractmethod
     def new_model(self, seed: int) -> Any:
         """A float model with `linears()`, whose absmean codes are where every arm starts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stream(self, seed: int) -> Tensor:
         """(steps, batch, ...): all the training data of one run, the same for every arm."""
-        raise NotImplementedError
 
     def loss(self, model: Any, batch: Tensor) -> Tensor:
         return model.loss(batch.long())
 
+    @abstractmethod
     def evaluate(self, model: Any, split: str) -> dict[str, float]:
         """ "loss" and whatever else the task measures on a split."""
-        raise NotImplementedError
 
     def finish(self, start: list[Tensor], codes: list[Tensor], positions: list[Tensor] | None) -> dict[str, Any]:
         """Figures from the codes at the start and the end, and from T + e in cells where a method has them."""
