@@ -39,7 +39,7 @@ Every method is tried at three rates with seed 0 on validation text; the best on
 reported on test text, which tuning never sees. Every run is a JSON record in --out: run the same command again and it
 goes on where it was. Writes study.json, study.md and pictures.
 
-  onebit-ext study                          tiny models, every method and task: about 10 minutes on 2 cores
+  onebit-ext study                          tiny models, every method and task
   onebit-ext study --tasks short --arms frozen,shadow32,residual8
   onebit-ext study --size small             25 M ternary weights: days on a CPU; on GPUs:
   python -m onebit_ext.torch.study.small    the fine-tuning and from-scratch tasks of that size in half an hour
