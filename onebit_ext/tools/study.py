@@ -6,11 +6,10 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -46,7 +45,6 @@ goes on where it was. Writes study.json, study.md and pictures.
 
 Exit code 0: done. 2: it could not run.
 """
-ENGINES = {"cpu": "engine"}  # modules of onebit_ext.torch.study with a class Engine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=integer(1, 10**6), metavar="N", help="of every run, for a first look")
     parser.add_argument("--out", type=Path, default=Path("out/study"), metavar="FOLDER", help="default %(default)s")
-    parser.add_argument("--device", choices=tuple(ENGINES), default="cpu", help="cpu: the C kernels (default)")
     parser.add_argument(
         "--jobs",
         type=integer(1, 256),
@@ -112,12 +109,13 @@ class Study:
 
     def __init__(self, args: argparse.Namespace, console: Console) -> None:
         from onebit_ext.torch.study.arms import BY_NAME
+        from onebit_ext.torch.study.engine import Engine
         from onebit_ext.torch.study.library import TASKS, Library
 
         self.args, self.console = args, console
         names = _chosen("task", args.tasks, list(TASKS))
         self.arms = {name: BY_NAME[name] for name in _chosen("arm", args.arms, list(BY_NAME))}
-        self.engine = _engine(args.device)
+        self.engine = Engine()
         args.out.mkdir(parents=True, exist_ok=True)
         self.library = Library(args.out, args.size, args.steps)
         self.seeds = args.seeds or self.library.size.seeds
@@ -171,8 +169,8 @@ class Study:
         return [records[job] for job in jobs]
 
     def _run(self, jobs: list[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
-        workers = min(self.args.jobs, len(jobs)) if self.args.device == "cpu" else 1
-        setting = (self.args.out, self.args.size, self.args.steps, self.args.device)
+        workers = min(self.args.jobs, len(jobs))
+        setting = (self.args.out, self.args.size, self.args.steps)
         if workers <= 1:
             _begin(*setting)
             for job in jobs:
@@ -223,17 +221,18 @@ def _time(seconds: float) -> str:
 _worker: tuple[Library, Any, dict[str, Task]]
 
 
-def _begin(out: Path, size: str, steps: int | None, device: str) -> None:
+def _begin(out: Path, size: str, steps: int | None) -> None:
     """Once per process."""
     global _worker
     import torch
 
     import onebit_ext as ob
+    from onebit_ext.torch.study.engine import Engine
     from onebit_ext.torch.study.library import Library
 
     torch.set_num_threads(1)
     ob.set_num_threads(1)
-    _worker = Library(out, size, steps), _engine(device), {}
+    _worker = Library(out, size, steps), Engine(), {}
 
 
 def _train(job: Job) -> dict[str, Any]:
@@ -248,14 +247,6 @@ def _train(job: Job) -> dict[str, Any]:
     record["settings"] = library.settings(job.task, arm, engine.name)
     library.write(library.path(**asdict(job)), record)
     return record
-
-
-def _engine(device: str) -> Any:
-    name = f"onebit_ext.torch.study.{ENGINES[device]}"
-    if find_spec(name) is None:
-        raise UserError(f"--device {device} is not in this build: leave it out")
-    make: Callable[[], Any] = import_module(name).Engine
-    return make()
 
 
 def _chosen(kind: str, given: list[str] | None, known: list[str]) -> list[str]:

@@ -223,8 +223,8 @@ class _Product(torch.autograd.Function):
 class Rules:
     """The rest of a step for all layers: factors are done, here guard, counters, keys, and Adam on the scales."""
 
-    def __init__(self, layers: Sequence[EmulatedLinear], scale_lr: float) -> None:
-        self.layers, self.scale_lr = list(layers), scale_lr
+    def __init__(self, layers: Sequence[EmulatedLinear]) -> None:
+        self.layers = list(layers)
         device = layers[0].codes.device
         self._table = torch.tensor([layer.table() for layer in layers], device=device)
         self._sizes = torch.tensor([[layer.rows, layer.in_features] for layer in layers], device=device)

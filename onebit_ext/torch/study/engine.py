@@ -24,7 +24,6 @@ class Engine:
     """
 
     name, device = "c", "cpu"
-    run: Any = None  # a subclass of run.Run, for an engine that trains in another way
 
     def prepare(
         self, model: Any, arm: Arm, eta: float, task: Task, seed: int

@@ -23,11 +23,11 @@ def train_arm(
     arm: Arm, task: Task, seed: int, eta: float, engine: Engine, purpose: str = "final", watch: Watch | None = None
 ) -> dict[str, Any]:
     """Train and measure.  purpose: "tune" leaves `test` unseen, "final" reports it."""
-    return (engine.run or Run)(arm, task, seed, eta, engine).record(purpose, watch)
+    return Run(arm, task, seed, eta, engine).record(purpose, watch)
 
 
 class Run:
-    """One training run, step by step; an engine may bring a subclass that trains in another way."""
+    """One training run, step by step."""
 
     def __init__(self, arm: Arm, task: Task, seed: int, eta: float, engine: Engine) -> None:
         self.arm, self.task, self.seed, self.eta, self.engine = arm, task, seed, eta, engine
@@ -144,7 +144,7 @@ def pretrain(task: Task, engine: Engine, watch: Watch) -> tuple[State, dict[str,
     The float model that comes back holds nothing but its codes, a scale per layer and the float parameters.
     """
     arm = BY_NAME[HYBRID]
-    run = (engine.run or Run)(arm, task, 0, task.eta, engine)
+    run = Run(arm, task, 0, task.eta, engine)
     record = run.record("pretrain", watch)
     return _only_codes(engine.float_state(run.model), task.new_model(0)), record
 
