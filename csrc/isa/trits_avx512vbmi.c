@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "../kernels/kernel.h"
+#include "dot_avx512vnni.h"
 
 #define STEPS_INT32 16384 /* 4 * (128 + 128) * 127 for each step fits int32 */
 
@@ -31,21 +32,6 @@ static const tables look_up = {
     .far = {FAR17, FAR17, FAR17},
     .last = {LAST16(0), 0, LAST16(64), 64, LAST16(128), 128},
 };
-
-OB_INLINE __m512i
-dot4(__m512i acc, __m512i u8, __m512i s8)
-{
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u8), "v"(s8)); /* see avx512vnni.c */
-    return acc;
-}
-
-OB_INLINE __m512i
-broadcast4(const int8_t *p)
-{
-    int32_t four;
-    memcpy(&four, p, sizeof four);
-    return _mm512_set1_epi32(four);
-}
 
 /* sum[v][p] += 4^p * code p (and 64 * code 4 in p = 3) of 16 outputs times x, over `steps` steps of 20 */
 OB_INLINE void
