@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -186,7 +187,7 @@ class Study:
 
 @contextmanager
 def _pool(workers: int, setting: tuple[Any, ...]) -> Iterator[ProcessPoolExecutor]:
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, setting)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker, setting)
     try:
         yield pool
     finally:
@@ -234,6 +235,12 @@ def _begin(out: Path, size: str, steps: int | None, device: str) -> None:
     torch.set_num_threads(1)
     ob.set_num_threads(1)
     _worker = Library(out, size, steps), _engine(device), {}
+
+
+def _begin_worker(*setting: Any) -> None:
+    """A Ctrl-C reaches the whole group: the runs in hand end and are kept, and the parent stops."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _begin(*setting)
 
 
 def _train(job: Job) -> dict[str, Any]:
