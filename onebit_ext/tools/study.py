@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -240,7 +241,16 @@ def _begin(out: Path, size: str, steps: int | None, device: str) -> None:
 def _begin_worker(*setting: Any) -> None:
     """A Ctrl-C reaches the whole group: the runs in hand end and are kept, and the parent stops."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _begin(*setting)
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed tells its workers nothing."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _train(job: Job) -> dict[str, Any]:
