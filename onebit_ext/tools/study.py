@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,7 +186,7 @@ class Study:
 
 @contextmanager
 def _pool(workers: int, setting: tuple[Any, ...]) -> Iterator[ProcessPoolExecutor]:
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, setting)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker, setting)
     try:
         yield pool
     finally:
@@ -233,6 +235,21 @@ def _begin(out: Path, size: str, steps: int | None) -> None:
     torch.set_num_threads(1)
     ob.set_num_threads(1)
     _worker = Library(out, size, steps), Engine(), {}
+
+
+def _begin_worker(*setting: Any) -> None:
+    """A Ctrl-C reaches the whole group: the runs in hand end and are kept, and the parent stops."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _begin(*setting)
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed tells its workers nothing."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _train(job: Job) -> dict[str, Any]:

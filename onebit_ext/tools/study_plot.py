@@ -166,6 +166,7 @@ def _curves(records: Sequence[Record], labels: dict[str, str], what: str, ylabel
             axes.set_ylim(low - 0.06 * (high - low), high + 0.6 * (high - low))
         else:
             axes.set_yscale("log")
+            axes.set_xlim(left=0)
         axes.set_xlabel("step", fontsize=9)
     return _finish(figure, panels, labels, path)
 

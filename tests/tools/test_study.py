@@ -2,8 +2,11 @@
 
 import json
 import math
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +122,30 @@ def test_records_of_other_settings_are_refused(first: tuple[dict[str, Any], str,
     path.write_text(path.read_text()[:9])
     with pytest.raises(UserError, match="delete it"):
         library.read(path, "s")
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_workers_end_with_their_parent(stop: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "onebit_ext", "study", "--out", str(tmp_path), "--tasks", "teacher", "--jobs", "2"]
+    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: len(list(tmp_path.glob("records/*.json"))) > 2, 240)
+        workers = [int(pid) for pid in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
+        assert len(workers) >= 2
+        parent.send_signal(stop)
+        assert parent.wait(120) == (130 if stop == signal.SIGINT else -stop)
+    finally:
+        parent.kill()
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 120)
+    for path in tmp_path.glob("records/[!a]*.json"):  # whole, or not there
+        assert json.loads(path.read_text())["val"] is not None
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 # ------------------------------------------------------------------ what is trained on
