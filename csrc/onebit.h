@@ -16,11 +16,11 @@
 /* ------------------------------------------------------------------ status */
 typedef enum ob_status {
     OB_OK = 0,
-    OB_NO_MEMORY, /* an allocation failed */
-    OB_OVERFLOW,  /* a size does not fit (see OB_MAX_K) */
-    OB_INVALID,   /* an argument outside its domain */
-    OB_RESERVED_CODE, /* bits that stand for no ternary value: a 2-bit code 3, a trits5 byte from 243 on */
-    OB_UNSUPPORTED /* this build or machine cannot do it */
+    OB_NO_MEMORY,     /* an allocation failed */
+    OB_OVERFLOW,      /* a size does not fit (see OB_MAX_K) */
+    OB_INVALID,       /* an argument outside its domain */
+    OB_RESERVED_CODE, /* bits that stand for no ternary value */
+    OB_UNSUPPORTED    /* this build or machine cannot do it */
 } ob_status;
 
 const char *ob_status_text(ob_status status); /* one static English phrase */
@@ -91,11 +91,10 @@ enum ob_control {
 typedef struct ob_weights {
     const uint8_t *packed; /* tile16 (ceil(N/64), ceil(K/16), 4, 16, 4), 64-byte aligned */
     size_t n, k;
-    const float *scale; /* (scale_len,) */
-    size_t scale_len;   /* 1 or n */
-    const float *bias;  /* (n,) or NULL */
-    ob_format_id
-        packing; /* tile16; trits5 (ceil(N/64), ceil(K/20), 4, 16, 4) for ob_linear_forward */
+    const float *scale;   /* (scale_len,) */
+    size_t scale_len;     /* 1 or n */
+    const float *bias;    /* (n,) or NULL */
+    ob_format_id packing; /* of packed; trits5 (.., ceil(K/20), 4, 16, 4): forward only */
 } ob_weights;
 
 typedef struct
