@@ -155,6 +155,7 @@ def test_arms_have_equal_budgets_and_are_known_to_the_plots() -> None:
     assert {len(arm.candidates(0.03, 1e-3)) for arm in ALL} == {3}
     assert {arm.name for arm in ALL} == set(STYLE) and len(set(STYLE.values())) == len(ALL)
     assert BY_NAME["frozen"].candidates(0.03, 1e-3) == [0.001, 0.004, 0.016]
+    assert BY_NAME["shadow32"].candidates(0.08, 1e-3) == [0.02, 0.04, 0.08]
 
 
 def test_the_checkpoint_holds_codes_and_one_scale_per_layer(first: tuple[dict[str, Any], str, Path]) -> None:
@@ -305,6 +306,15 @@ def test_the_table_says_what_the_rows_hold() -> None:
     for row in rows:
         row.scratch = True
     assert "| residual8 | 10 | +0.150 +- 0.071 |" in study_report.markdown(rows, [])
+
+
+def test_what_a_task_measures_beside_its_loss_has_columns() -> None:
+    records = [record("frozen", "final", 1.0, 0.1, seed, "facts") for seed in (1, 2)]
+    for one, recall in zip(records, (0.25, 0.5), strict=True):
+        one |= {"figures": {"val": {"recall": 0.9}, "test": {"loss": 1.0, "recall": recall}}, "codes_changed": 0.125}
+    rows = study_report.table(records, [Entry("facts", "nats/byte", False, "frozen", "frozen", 2)])
+    text = study_report.markdown(rows, records)
+    assert "| rate | digits right | codes changed |" in text and "| 0.1 | 0.375 | 0.125 |" in text
 
 
 def test_no_gain_has_no_share() -> None:

@@ -38,13 +38,13 @@ def _residual(bits: int, momentum: int = 0) -> Arm:
     options: dict[str, Any] = {"residual_bits": bits, "momentum_bits": momentum}
     name = f"residual{bits}" + (f"_momentum{momentum}" if momentum else "")
     label = f"residual {bits}" + (f", momentum {momentum}" if momentum else "")
-    factors = SLOWER if momentum else EVEN
+    factors = SLOWER if momentum or bits < 8 else EVEN
     return Arm(name, label, 2 + bits + momentum, options, factors=factors, quantum=QUANTA[bits])
 
 
 def _cyclic(stripes: int) -> Arm:
     options = {"residual_bits": 8, "stripes": stripes}
-    label, factors = f"block-cyclic 1/{stripes}", (1.0, 2.0, 4.0)
+    label, factors = f"block-cyclic 1/{stripes}", EVEN if stripes == 2 else (1.0, 2.0, 4.0)
     return Arm(f"cyclic{stripes}", label, 2 + 8 / stripes, options, factors=factors, quantum=QUANTA[8])
 
 
@@ -53,7 +53,7 @@ ALL = (
     Arm(HYBRID, "hybrid float32", 98, {"method": "shadow"}, "hybrid", SLOWER),
     Arm("shadow16", "hybrid bfloat16", 50, {"method": "shadow", "shadow_dtype": "bfloat16"}, "hybrid", SLOWER),
     Arm("optimizer32", "float32 in the optimizer", 98, {"method": "optimizer"}, "hybrid", SLOWER),
-    Arm("bop", "Bop", 34, {"method": "bop"}, factors=(1.0, 2.0, 4.0)),
+    Arm("bop", "Bop", 34, {"method": "bop"}, factors=(0.25, 1.0, 4.0)),
     Arm("stochastic", "stochastic rounding", 2, {"method": "stochastic"}, factors=(0.02, 0.06, 0.2), quantum=1.0),
     _residual(16),
     _residual(8, 4),

@@ -102,9 +102,14 @@ class Rule:
 
 
 class EmulatedLinear(nn.Module):
-    """y = x W^T, W = s * T; x (..., K) float32 or bfloat16.  `codes` int8 (N, K) and its transpose `turned`."""
+    """y = x W^T, W = s * T; x (..., K) float32 or bfloat16.  `codes` int8 (N, K) and its transpose `turned`.
 
-    def __init__(self, codes: Tensor, scale: float, rule: Rule, layer: int, **options: Any) -> None:
+    start (N, K): where the residual of each weight begins, in units of the rule; None: where the C core lets it begin.
+    """
+
+    def __init__(
+        self, codes: Tensor, scale: float, rule: Rule, layer: int, start: Tensor | None = None, **options: Any
+    ) -> None:
         super().__init__()
         n, k = codes.shape
         if k % STRIP or n % (8 * rule.stripes):
@@ -118,6 +123,7 @@ class EmulatedLinear(nn.Module):
         control[: len(CONTROL)] = _core.new_control(layer=layer, scale_init=scale, **options)
         control[CONTROL["stripes"]] = rule.stripes
         self.control = torch.from_numpy(control).to(device)
+        self.start = start
         self.residual = torch.zeros(rows, k, dtype=torch.int16, device=device)
         self.momentum = torch.zeros(rows, k if rule.momentum else 0, dtype=torch.int8, device=device)
         self.momentum_scale = torch.zeros(rows, k // STRIP if rule.momentum else 0, device=device)
@@ -129,7 +135,10 @@ class EmulatedLinear(nn.Module):
         launch("begin", 1, [self.control])
 
     def start_residual(self) -> None:
-        """As `ob_start_residual`: from the C core's own plane, unpacked."""
+        """`start`, or as `ob_start_residual`: from the C core's own plane, unpacked."""
+        if self.start is not None:
+            self.residual.copy_(self.start[int(self.control[CONTROL["stripe"]]) :: self.rule.stripes])
+            return
         if self.rule.name is None or (self.rule.name != "byte" and self.rule.bits not in (4, 2)):
             self.residual.zero_()
             return

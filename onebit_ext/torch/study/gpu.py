@@ -104,12 +104,13 @@ class Trainer:
     def _schedules(self, steps: int, device: torch.device) -> None:
         plan = self.plan
         whole = cosine(steps, max(1, round(plan["warmup"] * steps)))
-        self.stripes = self.emulated[0].rule.stripes if self.emulated else 1
-        each = steps // self.stripes
+        stripes = self.emulated[0].rule.stripes if self.emulated else 1
+        self.phases = stripes * plan.get("rounds", 1)
+        each = steps // self.phases
         cycle = cosine(each, max(1, round(plan["warmup"] * each)))[:-1]
-        cycles = np.append(np.tile(cycle, self.stripes + 1)[:steps], 0.0)
-        self.stripe_steps = each if self.stripes > 1 else 0
-        eta = plan["eta"] * (cycles if self.stripes > 1 else whole)
+        cycles = np.append(np.tile(cycle, self.phases + 1)[:steps], 0.0)
+        self.stripe_steps = each if stripes > 1 else 0
+        eta = plan["eta"] * (cycles if stripes > 1 else whole)
         self.eta = eta
         self.rates = torch.tensor(np.stack([np.append(eta[1:], 0.0), plan["scale_lr"] * whole], 1), device=device)
         self.float_rates = torch.tensor(plan["float_lr"] * whole, dtype=torch.float32, device=device)
@@ -164,7 +165,7 @@ class Trainer:
         """Whether the next stripe of a block-cyclic arm begins."""
         if not self.stripe_steps or not step or step % self.stripe_steps:
             return False
-        return step // self.stripe_steps < self.stripes
+        return step // self.stripe_steps < self.phases
 
     def run(self, points: int = 10) -> dict[str, Any]:
         """Train; a record of losses at `points`, flip rates, seconds, bytes."""
@@ -224,7 +225,19 @@ def emulate(model: Any, state: dict[str, Any] | None, arm: dict[str, Any], seed:
         scale = weight.abs().mean().clamp(min=1e-5)
         codes = (weight / scale).round().clamp(-1, 1)
         rule = Rule(arm["rule"], arm.get("stripes", 1), arm.get("lag", 0))
-        setattr(parent, name, EmulatedLinear(codes, float(1 / (1 / scale)), rule, index, seed=seed))
+        start = _start(arm.get("start"), weight / scale - codes, rule, seed + 1000 * index)
+        setattr(parent, name, EmulatedLinear(codes, float(1 / (1 / scale)), rule, index, start, seed=seed))
+
+
+def _start(how: str | float | None, fraction: Tensor, rule: Rule, seed: int) -> Tensor | None:
+    """Residuals in units: "fraction", what the shadow has beyond its code; a width, uniform within +- so many cells."""
+    if how is None:
+        return None
+    if how != "fraction":
+        drawn = torch.Generator(fraction.device).manual_seed(seed)
+        fraction = (2 * torch.rand(fraction.shape, device=fraction.device, generator=drawn) - 1) * float(how)
+    half = rule.units // 2
+    return (fraction * rule.units).round_().clamp_(-half, half).to(torch.int16)
 
 
 def _places(model: Any) -> list[tuple[nn.Module, str]]:
