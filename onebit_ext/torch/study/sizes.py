@@ -29,6 +29,7 @@ class Size:
     float_lr: float  # AdamW of embedding, head and norms, from scratch; fine-tuning takes a quarter
     scale_lr: float  # fine-tuning, relative to the first scale; from scratch takes six times that
     seeds: int
+    all_packages: bool  # texts of everything installed (site_text.py), or those of tools.text
     student: tuple[int, int]  # outputs and inputs of the layer that meets a teacher
 
 
@@ -53,6 +54,7 @@ SIZES = {
         float_lr=4e-3,
         scale_lr=1e-3,
         seeds=2,
+        all_packages=False,
         student=(64, 128),
     ),
     "small": Size(
@@ -75,6 +77,7 @@ SIZES = {
         float_lr=2e-3,
         scale_lr=1e-4,
         seeds=3,
+        all_packages=True,
         student=(512, 512),
     ),
 }
