@@ -10,10 +10,10 @@ flip_row_body(const ob_flip_row *row, uint64_t (*step_block)(const ob_flip_row *
     return moved;
 }
 
-#define OB_RULE(name, residual_bits, momentum_bits, units)  \
-    static uint64_t flip_row_##name(const ob_flip_row *row) \
-    {                                                       \
-        return flip_row_body(row, step_block_##name);       \
+#define OB_RULE(name, residual_bits, momentum_bits, units, dead_zone) \
+    static uint64_t flip_row_##name(const ob_flip_row *row)           \
+    {                                                                 \
+        return flip_row_body(row, step_block_##name);                 \
     }
 #include "../flip_rules/rules.def"
 #undef OB_RULE

@@ -15,7 +15,8 @@ EVEN, SLOWER = (0.5, 1.0, 2.0), (0.25, 0.5, 1.0)
 class Arm:
     """prepare(model, **options) with one dial, tried at each of `factors` times the task's eta (or rate of the scales).
 
-    bits: persistent ones per weight, nominal.  quantum: of what the rule writes, in cells.  dial: what is tuned.
+    bits: persistent ones per weight, nominal.  quantum: of what the rule writes, in cells.  schedule: of the codes,
+    "cosine" or "wsd".  dial: what is tuned.
     "eta": cells per step of the codes, or the rate of Bop's mean; "hybrid": AdamW's rate of the float weight, in cells
     (times mean |W|); "scale": the scales' rate.
     """
@@ -27,6 +28,7 @@ class Arm:
     dial: str = "eta"
     factors: tuple[float, ...] = EVEN
     quantum: float | None = None
+    schedule: str = "cosine"
 
     def candidates(self, eta: float, scale_lr: float) -> list[float]:
         """What the dial is tried at, for a task with this eta and this rate of the scales."""
@@ -50,8 +52,8 @@ def _residual(bits: int, momentum: int = 0) -> Arm:
 
 def _cyclic(stripes: int) -> Arm:
     options = {"rule": "residual8", "stripes": stripes}
-    label, factors = f"block-cyclic 1/{stripes}", EVEN if stripes == 2 else (1.0, 2.0, 4.0)
-    return Arm(f"cyclic{stripes}", label, 2 + 8 / stripes, options, factors=factors, quantum=QUANTA[8])
+    label = f"block-cyclic 1/{stripes}"
+    return Arm(f"cyclic{stripes}", label, 2 + 8 / stripes, options, quantum=QUANTA[8], schedule="wsd")
 
 
 ALL = (

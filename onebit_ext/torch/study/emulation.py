@@ -90,26 +90,22 @@ def tokens_of(x: Tensor) -> Tensor:
 class Rule:
     """A flip rule's name and widths, or None for codes that stay."""
 
-    def __init__(self, name: str | None, stripes: int = 1, lag: int = 0) -> None:
-        self.name, self.stripes, self.lag = name, stripes, lag
+    def __init__(self, name: str | None, stripes: int = 1) -> None:
+        self.name, self.stripes = name, stripes
         if name is None:
-            self.bits, self.momentum, self.units = CODES_ONLY, 0, 1
+            self.bits, self.momentum, self.units, self.dead_zone = CODES_ONLY, 0, 1, 0
             return
         residual, _, momentum = name.partition("_momentum")
         self.momentum = int(momentum or 0)
         self.bits = int(residual[8:]) if residual.startswith("residual") else {"byte": 8, "stochastic": 0}[name]
         self.units = 85 if name == "byte" else {16: 16384, 8: 128, 4: 15, 2: 3, 0: 1}[self.bits]
+        self.dead_zone = 1.5 if self.bits < 4 else 0
 
 
 class EmulatedLinear(nn.Module):
-    """y = x W^T, W = s * T; x (..., K) float32 or bfloat16.  `codes` int8 (N, K) and its transpose `turned`.
+    """y = x W^T, W = s * T; x (..., K) float32 or bfloat16.  `codes` int8 (N, K) and its transpose `turned`."""
 
-    start (N, K): where the residual of each weight begins, in units of the rule; None: where the C core lets it begin.
-    """
-
-    def __init__(
-        self, codes: Tensor, scale: float, rule: Rule, layer: int, start: Tensor | None = None, **options: Any
-    ) -> None:
+    def __init__(self, codes: Tensor, scale: float, rule: Rule, layer: int, **options: Any) -> None:
         super().__init__()
         n, k = codes.shape
         if k % STRIP or n % (8 * rule.stripes):
@@ -123,7 +119,6 @@ class EmulatedLinear(nn.Module):
         control[: len(CONTROL)] = _core.new_control(layer=layer, scale_init=scale, **options)
         control[CONTROL["stripes"]] = rule.stripes
         self.control = torch.from_numpy(control).to(device)
-        self.start = start
         self.residual = torch.zeros(rows, k, dtype=torch.int16, device=device)
         self.momentum = torch.zeros(rows, k if rule.momentum else 0, dtype=torch.int8, device=device)
         self.momentum_scale = torch.zeros(rows, k // STRIP if rule.momentum else 0, device=device)
@@ -135,10 +130,7 @@ class EmulatedLinear(nn.Module):
         launch("begin", 1, [self.control])
 
     def start_residual(self) -> None:
-        """`start`, or as `ob_start_residual`: from the C core's own plane, unpacked."""
-        if self.start is not None:
-            self.residual.copy_(self.start[int(self.control[CONTROL["stripe"]]) :: self.rule.stripes])
-            return
+        """As `ob_start_residual`: from the C core's own plane, unpacked."""
         if self.rule.name is None or (self.rule.name != "byte" and self.rule.bits not in (4, 2)):
             self.residual.zero_()
             return
@@ -193,7 +185,12 @@ class EmulatedLinear(nn.Module):
         launch("column_squares", blocks * k, [acc, self.hs, self.scale, self.control, columns], sizes)
         pointers = [acc, self.hs, self.scale, self.control, self.row_factor, self.col_factor, self.codes, self.turned]
         pointers += [self.residual, self.momentum, self.momentum_scale, squares, products, self.moved]
-        launch("vote_strip", rows * strips, pointers, [*sizes, rule.bits, rule.momentum, rule.units, rule.lag])
+        launch(
+            "vote_strip",
+            rows * strips,
+            pointers,
+            [*sizes, rule.bits, rule.momentum, rule.units, int(2 * rule.dead_zone)],
+        )
         pointers = [squares, self.row_factor, self.control, products, self.products]
         launch("collect", rows, pointers, [rows, strips, k])
         launch("collect", k, [columns, self.col_factor, self.control, None, None], [k, blocks, rows])

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import BitLinear, ShadowLinear, cosine_schedule, prepare, state_bytes
+from .. import BitLinear, ShadowLinear, cosine_schedule, prepare, state_bytes, wsd_schedule
 from ..demo.train import training
 from ..memory import training_bytes
 from .arms import Arm
@@ -52,7 +52,8 @@ class Trainer:
         self._losses: list[Tensor] = []
         self._flips: list[float] = []
         self._watched = False
-        schedule = cosine_schedule(self.optimizer, task.steps)
+        scheduled = wsd_schedule if arm.schedule == "wsd" else cosine_schedule
+        schedule = scheduled(self.optimizer, task.steps)
         clip = [*self.model.float_parameters()]
         clip += [layer.weight for layer in self.model.linears() if layer.weight.requires_grad]
         clip = [p for p in clip if p.requires_grad]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from onebit_ext import _core
 
-from ..schedule import factor
+from ..schedule import WARMUP, Shape, cosine, wsd
 from .arms import Arm
 from .emulation import (
     CONTROL,
@@ -79,9 +79,9 @@ class _Shadow(torch.autograd.Function):
         return dx, dw.to(ctx.dtype), None
 
 
-def _cosine(steps: int) -> np.ndarray[Any, Any]:
-    """Factors of a learning rate by step."""
-    return np.array([factor(step, steps) for step in range(steps)])
+def _factors(shape: Shape, steps: int) -> np.ndarray[Any, Any]:
+    """Of a learning rate, by step."""
+    return np.array([shape(step, steps, WARMUP) for step in range(steps)])
 
 
 class Engine:
@@ -123,11 +123,12 @@ class Trainer:
 
     def _schedules(self) -> None:
         task, steps = self.task, self.task.steps
-        whole = _cosine(steps)
+        whole = _factors(cosine, steps)
         stripes = self.emulated[0].rule.stripes if self.emulated else 1
         each = -(-steps // stripes)
         self.stripe_steps = each if stripes > 1 else 0
-        eta = np.tile(_cosine(each), stripes)[:steps] * (0.0 if self.arm.dial == "scale" else self.rate)
+        shape = wsd if self.arm.schedule == "wsd" else cosine
+        eta = np.tile(_factors(shape, each), stripes)[:steps] * (0.0 if self.arm.dial == "scale" else self.rate)
         scale_lr = self.rate if self.arm.dial == "scale" else task.scale_lr
         rates = np.stack([np.append(eta[1:], 0.0), scale_lr * whole], 1)
         self.etas = eta.tolist()
