@@ -54,7 +54,8 @@ class FlipOptimizer(torch.optim.Optimizer):
         residual_bits (16, 8, 4, 2), momentum_bits (0, 4, 8): override the recipe's.
         rule: a name of `onebit_ext.RULES` instead of bits.
         stripes, stripe_steps: block-cyclic training.  Only the rows n % stripes == stripe are in training and have
-            planes; after stripe_steps steps of a layer the next stripe's turn comes.  None: `cosine_schedule` sets it.
+            planes; after stripe_steps steps of a layer the next stripe's turn comes.  None: `wsd_schedule` or
+            `cosine_schedule` sets it.
         flip_rate_cap: share of codes a layer may flip per step before the guard slows it; None: 2.5 %; 0: no guard.
             While it is on, an lr of the codes beyond .1 counts as .1.
         seed: of all stochastic rounding.
@@ -260,7 +261,7 @@ class FlipOptimizer(torch.optim.Optimizer):
                 )
         if any(group["stripe_steps"] is None for group in self._codes_groups()) and self.stripes > 1:
             raise RuntimeError(
-                f"FlipOptimizer: stripes={self.stripes} needs stripe_steps; give it, or call cosine_schedule"
+                f"FlipOptimizer: stripes={self.stripes} needs stripe_steps; give it, or call wsd_schedule"
             )
 
     @staticmethod
