@@ -45,8 +45,6 @@
 
 #include "held.tmpl.h"
 
-#include "flip.tmpl.h"
-
 #define OB_TABLE_NAME_(isa) ob_kernels__##isa
 #define OB_TABLE_NAME(isa) OB_TABLE_NAME_(isa)
 #define OB_TEXT_(x) #x
@@ -83,7 +81,7 @@ const ob_kernels OB_TABLE_NAME(OB_ISA_NAME) = {
         },
     .flip_row =
         {
-#define OB_RULE(name, residual_bits, momentum_bits, units) flip_row_##name,
+#define OB_RULE(name, residual_bits, momentum_bits, units) step_row_##name,
 #include "../flip_rules/rules.def"
 #undef OB_RULE
         },
