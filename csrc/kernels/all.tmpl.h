@@ -25,6 +25,8 @@
 
 #include "codes.tmpl.h"
 
+#include "absmean.tmpl.h"
+
 #include "trits.tmpl.h"
 
 #include "../flip_rules/momentum.h"
@@ -59,6 +61,8 @@ const ob_kernels OB_TABLE_NAME(OB_ISA_NAME) = {
     .quantize_row_sr = quantize_row_sr,
     .column_absmax = column_absmax,
     .quantize_columns_sr = quantize_columns_sr,
+    .sum_rows = sum_rows,
+    .ternarize_row = ternarize_row,
     .dot_forward = dot_forward,
     .decode_trits = decode_trits,
     .decode_input_panel = decode_input_panel,
