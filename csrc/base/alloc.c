@@ -162,16 +162,16 @@ spare_remove(size_t i)
     return block;
 }
 
-void *
-ob_scratch_take(size_t bytes)
+/* A block of at most `most` bytes if a spare one will do, else a new one. */
+static void *
+take(size_t bytes, size_t most)
 {
     if (should_fail()) {
         return NULL;
     }
     pthread_once(&spare_once, spare_start);
     spare_lock_now();
-    size_t best = SPARE_BLOCKS;
-    size_t best_capacity = bytes > SIZE_MAX / 8 ? 0 : 4 * bytes + 4 * PAGE; /* waste no more */
+    size_t best = SPARE_BLOCKS, best_capacity = most;
     for (size_t i = 0; i < spare_count; i++) {
         size_t capacity = header_of(spare[i])->capacity;
         if (capacity >= bytes && capacity <= best_capacity) {
@@ -183,6 +183,24 @@ ob_scratch_take(size_t bytes)
     spare_unlock_now();
     block = block ? block : new_block(bytes);
     return block ? count_in(block, bytes) : NULL;
+}
+
+void *
+ob_scratch_take(size_t bytes)
+{
+    return take(bytes, bytes > SIZE_MAX / 8 ? 0 : 4 * bytes + 4 * PAGE);
+}
+
+void *
+ob_alloc_result(size_t bytes)
+{
+    return take(bytes, bytes > SIZE_MAX / 8 ? 0 : bytes + bytes / 4 + PAGE); /* may be kept long */
+}
+
+void
+ob_free_result(void *block)
+{
+    ob_scratch_give(block);
 }
 
 void
