@@ -10,6 +10,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,18 @@ from onebit_ext import _core
 from . import ranks
 
 Array = np.ndarray[Any, Any]
-Views = dict[str, tuple[Tensor, int, Array]]  # by name: a tensor, its address, its array
+
+
+@dataclass(slots=True)
+class View:
+    """A tensor, its address, its array."""
+
+    tensor: Tensor
+    address: int
+    array: Array
+
+
+Views = dict[str, View]  # by name
 
 CONTROL = _core.CONTROL
 PLANES = (
@@ -76,9 +88,9 @@ def kept(views: Views | None, name: str, tensor: Tensor) -> Array:
     if views is None:
         return array(tensor)
     view, address = views.get(name), tensor.data_ptr()
-    if view is None or view[0] is not tensor or view[1] != address:
-        view = views[name] = tensor, address, array(tensor)
-    return view[2]
+    if view is None or view.tensor is not tensor or view.address != address:
+        view = views[name] = View(tensor, address, array(tensor))
+    return view.array
 
 
 def tensor_of(value: Array) -> Tensor:
