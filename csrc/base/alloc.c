@@ -12,24 +12,42 @@
 /* Room for the header before a huge block; a mapping is still whole pages where they are larger. */
 #define PAGE ((size_t)4096)
 
+/* Blocks from SLAB_BLOCK to a huge page share slabs of huge pages: most planes are that small, and a walk over pages of
+ * 4 KiB is slower. */
+#if defined(__SANITIZE_ADDRESS__)
+#define SLAB_BLOCK HUGE_PAGE /* none: malloc'ed, it watches their ends */
+#else
+#define SLAB_BLOCK ((size_t)64 << 10)
+#endif
+#define SLAB ((size_t)32 << 20) /* of addresses: there are only the pages that were touched */
+
 /* Recycled scratch: enough for the few sizes of a layer step on every thread, little enough to forget. */
 #define SPARE_BLOCKS 32
 #define SPARE_BYTES ((size_t)256 << 20)
 
-typedef struct header { /* in the 64 bytes before every block */
-    size_t bytes;       /* asked for: what the counters know */
-    size_t capacity;    /* usable */
-    size_t mapped;      /* length of the mapping, 0 if malloc'ed */
-    void *base;         /* what to free or unmap */
+typedef struct header {  /* in the 64 bytes before every block */
+    size_t bytes;        /* asked for: what the counters know */
+    size_t capacity;     /* usable */
+    size_t mapped;       /* length of the mapping, 0 if there is none of its own */
+    void *base;          /* what to free or unmap; the slab */
+    struct header *next; /* in the slab, by address */
 } header;
+
+typedef struct slab { /* the first 64 bytes of a mapped block */
+    struct slab *next;
+    header *first;
+} slab;
 
 static atomic_size_t live, peak, largest;
 static _Atomic int64_t fail_after = -1;
 
 static pthread_mutex_t spare_lock = PTHREAD_MUTEX_INITIALIZER;
-static pthread_once_t spare_once = PTHREAD_ONCE_INIT;
+static pthread_once_t fork_once = PTHREAD_ONCE_INIT;
 static void *spare[SPARE_BLOCKS]; /* oldest first */
 static size_t spare_count, spare_bytes;
+
+static pthread_mutex_t slab_lock = PTHREAD_MUTEX_INITIALIZER; /* taken after spare_lock */
+static slab *slabs;
 
 static header *
 header_of(void *block)
@@ -84,8 +102,85 @@ map_block(size_t bytes)
 #if defined(MADV_HUGEPAGE)
     madvise(block, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE); /* refused: only slower */
 #endif
-    *header_of(block) = (header){bytes, (size_t)(base + mapped - block), mapped, base};
+    *header_of(block) = (header){bytes, (size_t)(base + mapped - block), mapped, base, NULL};
     return block;
+}
+
+static void
+lock_both(void)
+{
+    pthread_mutex_lock(&spare_lock);
+    pthread_mutex_lock(&slab_lock);
+}
+
+static void
+unlock_both(void)
+{
+    pthread_mutex_unlock(&slab_lock);
+    pthread_mutex_unlock(&spare_lock);
+}
+
+static void
+follow_forks(void)
+{
+    pthread_atfork(lock_both, unlock_both, unlock_both);
+}
+
+/* The first gap of a slab that holds a header and `capacity` bytes; NULL: there is none. */
+static void *
+take_from(slab *s, size_t capacity)
+{
+    header **link = &s->first;
+    char *gap = (char *)s + ALIGNMENT, *end = (char *)s + SLAB;
+    for (; *link && (size_t)((char *)*link - gap) < ALIGNMENT + capacity; link = &(*link)->next) {
+        gap = (char *)*link + ALIGNMENT + (*link)->capacity;
+    }
+    if (!*link && (size_t)(end - gap) < ALIGNMENT + capacity) {
+        return NULL;
+    }
+    header *h = (header *)gap;
+    *h = (header){0, capacity, 0, s, *link};
+    *link = h;
+    return gap + ALIGNMENT;
+}
+
+static void *
+take_small(size_t capacity)
+{
+    void *block = NULL;
+    pthread_once(&fork_once, follow_forks);
+    pthread_mutex_lock(&slab_lock);
+    for (slab *s = slabs; s && !block; s = s->next) {
+        block = take_from(s, capacity);
+    }
+    slab *fresh = block ? NULL : map_block(SLAB);
+    if (fresh) {
+        *fresh = (slab){slabs, NULL};
+        slabs = fresh;
+        block = take_from(fresh, capacity);
+    }
+    pthread_mutex_unlock(&slab_lock);
+    return block;
+}
+
+static void
+give_small(header *h)
+{
+    slab *s = h->base, **at = &slabs;
+    pthread_mutex_lock(&slab_lock);
+    header **link = &s->first;
+    while (*link != h) {
+        link = &(*link)->next;
+    }
+    *link = h->next;
+    if (!s->first) {
+        while (*at != s) {
+            at = &(*at)->next;
+        }
+        *at = s->next;
+        munmap(header_of(s)->base, header_of(s)->mapped);
+    }
+    pthread_mutex_unlock(&slab_lock);
 }
 
 static void *
@@ -95,12 +190,15 @@ new_block(size_t bytes)
         return map_block(bytes);
     }
     size_t capacity = OB_CEIL_DIV(bytes, ALIGNMENT) * ALIGNMENT; /* no shared cache line */
+    if (capacity >= SLAB_BLOCK) {
+        return take_small(capacity);
+    }
     char *base = malloc(capacity + 2 * ALIGNMENT);
     if (!base) {
         return NULL;
     }
     char *block = align_up(base, ALIGNMENT) + ALIGNMENT;
-    *header_of(block) = (header){bytes, capacity, 0, base};
+    *header_of(block) = (header){bytes, capacity, 0, base, NULL};
     return block;
 }
 
@@ -110,6 +208,9 @@ release(void *block)
     header *h = header_of(block);
     if (h->mapped) {
         munmap(h->base, h->mapped);
+    }
+    else if (h->capacity >= SLAB_BLOCK) {
+        give_small(h);
     }
     else {
         free(h->base);
@@ -132,24 +233,6 @@ ob_free(void *block)
     }
 }
 
-static void
-spare_lock_now(void)
-{
-    pthread_mutex_lock(&spare_lock);
-}
-
-static void
-spare_unlock_now(void)
-{
-    pthread_mutex_unlock(&spare_lock);
-}
-
-static void
-spare_start(void)
-{
-    pthread_atfork(spare_lock_now, spare_unlock_now, spare_unlock_now);
-}
-
 static void *
 spare_remove(size_t i)
 {
@@ -169,8 +252,8 @@ take(size_t bytes, size_t most)
     if (should_fail()) {
         return NULL;
     }
-    pthread_once(&spare_once, spare_start);
-    spare_lock_now();
+    pthread_once(&fork_once, follow_forks);
+    pthread_mutex_lock(&spare_lock);
     size_t best = SPARE_BLOCKS, best_capacity = most;
     for (size_t i = 0; i < spare_count; i++) {
         size_t capacity = header_of(spare[i])->capacity;
@@ -180,7 +263,7 @@ take(size_t bytes, size_t most)
         }
     }
     void *block = best < SPARE_BLOCKS ? spare_remove(best) : NULL;
-    spare_unlock_now();
+    pthread_mutex_unlock(&spare_lock);
     block = block ? block : new_block(bytes);
     return block ? count_in(block, bytes) : NULL;
 }
@@ -215,13 +298,13 @@ ob_scratch_give(void *block)
         release(block);
         return;
     }
-    spare_lock_now();
+    pthread_mutex_lock(&spare_lock);
     while (spare_count == SPARE_BLOCKS || spare_bytes + capacity > SPARE_BYTES) {
         release(spare_remove(0));
     }
     spare[spare_count++] = block;
     spare_bytes += capacity;
-    spare_unlock_now();
+    pthread_mutex_unlock(&spare_lock);
 }
 
 void
