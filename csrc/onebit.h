@@ -42,7 +42,7 @@ typedef enum ob_format_id {
 
 /* Flip rules: one name per line of flip_rules/rules.def, numbered in its order, which therefore only grows at its end. */
 typedef enum ob_rule {
-#define OB_RULE(name, residual_bits, momentum_bits, units) OB_RULE_##name,
+#define OB_RULE(name, residual_bits, momentum_bits, units, dead_zone) OB_RULE_##name,
 #include "flip_rules/rules.def"
 #undef OB_RULE
     OB_RULE_COUNT
@@ -52,6 +52,7 @@ const char *ob_rule_name(ob_rule rule);
 int ob_rule_residual_bits(ob_rule rule);
 int ob_rule_momentum_bits(ob_rule rule); /* 0: no momentum plane */
 int ob_rule_units(ob_rule rule);         /* residual units per cell */
+float ob_rule_dead_zone(ob_rule rule);   /* of its votes, in units of u */
 int ob_rule_moves_in_vote(
     ob_rule rule); /* 1: ob_vote writes planes->codes, which must be given without a vote plane */
 /* Bytes of a row of the residual and of the momentum plane for K inputs. */

@@ -32,6 +32,7 @@ RULES = {  # bits of residual, bits of momentum, residual units per cell
     "byte": (8, 0, 85),
     "stochastic": (0, 0, 1),
 }
+DEAD_ZONE = {"residual2": 1.5, "stochastic": 1.5}  # of votes, in units of u
 INPUT_GRAD, WEIGHT_GRAD, VOTE, MOMENTUM, MOMENTUM_STEP, SKETCH, INIT, COMBINE, CAST = range(1, 10)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from oracle_basics import (
     CAST,
     CONTROL,
+    DEAD_ZONE,
     F32,
     INIT,
     MOMENTUM,
@@ -57,7 +58,8 @@ def _add_votes(u: Array, codes: Array, rows: Array, planes: Planes, micro: int, 
     """Votes u (rows, K) into the residual; below 8 bits the codes move too.  Returns how many."""
     bits, _, units = RULES[rule_of(planes)]
     limit = 16256 if bits == 16 else 127
-    v = u * step_size(planes["control"])
+    zone = F32(DEAD_ZONE.get(rule_of(planes), 0))
+    v = np.sign(u) * np.maximum(np.abs(u) - zone, F32(0)) * step_size(planes["control"])
     moved = read_residual(planes) + stochastic_round(v, planes["control"], micro, stream, limit, rows)
     if bits >= 8:
         write_residual(planes, np.clip(moved, -limit, limit))

@@ -152,7 +152,7 @@ def random_control(rng: np.random.Generator, step: int = 7, micro: int = 0) -> A
         "eta_peak": rng.uniform(0.01, 1.2),
         "guard": rng.uniform(0.3, 1),
         "cap": rng.choice([0.0, 0.007, 0.3]),
-        "clip": rng.uniform(0.7, 2.5),
+        "clip": rng.uniform(0.7, 4.0),
         "beta1": rng.uniform(0.5, 0.88),
         "beta2": rng.uniform(0.5, 0.93),
         "grad_scale": rng.choice([3.0, 1024.0]),

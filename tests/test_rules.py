@@ -101,8 +101,9 @@ def test_what_lies_beyond_the_last_column_stays(isa: str, impl: Any) -> None:
     for rule in ("residual4", "residual2", "stochastic", "residual4_momentum4"):
         p = shapes.random_problem(2, 40, 33, 70, rule=rule)
         p.planes["control"][CONTROL["eta"]] = 300
+        p.planes["control"][CONTROL["clip"]] = 9  # votes beyond the dead zones
         out = shapes.outputs(impl, p)
-        assert out["moved"] > 500
+        assert out["moved"] > 100
         _core.validate(out["packed"], (33, 70))
         if rule != "stochastic":
             bits = oracle.RULES[rule][0]

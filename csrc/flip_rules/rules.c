@@ -4,9 +4,10 @@
 static const struct {
     const char *name;
     int residual_bits, momentum_bits, units;
+    float dead_zone;
 } rules[OB_RULE_COUNT] = {
-#define OB_RULE(name, residual_bits, momentum_bits, units) \
-    {#name, residual_bits, momentum_bits, units},
+#define OB_RULE(name, residual_bits, momentum_bits, units, dead_zone) \
+    {#name, residual_bits, momentum_bits, units, dead_zone},
 #include "rules.def"
 #undef OB_RULE
 };
@@ -33,6 +34,12 @@ int
 ob_rule_units(ob_rule rule)
 {
     return rules[rule].units;
+}
+
+float
+ob_rule_dead_zone(ob_rule rule)
+{
+    return rules[rule].dead_zone;
 }
 
 int

@@ -72,20 +72,20 @@ const ob_kernels OB_TABLE_NAME(OB_ISA_NAME) = {
     .store_rows = store_rows,
     .vote_tile =
         {
-#define OB_RULE(name, residual_bits, momentum_bits, units) vote_tile_##name,
+#define OB_RULE(name, residual_bits, momentum_bits, units, dead_zone) vote_tile_##name,
 #include "../flip_rules/rules.def"
 #undef OB_RULE
         },
     .hold_tile = hold_tile,
     .cast_row =
         {
-#define OB_RULE(name, residual_bits, momentum_bits, units) cast_row_##name,
+#define OB_RULE(name, residual_bits, momentum_bits, units, dead_zone) cast_row_##name,
 #include "../flip_rules/rules.def"
 #undef OB_RULE
         },
     .flip_row =
         {
-#define OB_RULE(name, residual_bits, momentum_bits, units) step_row_##name,
+#define OB_RULE(name, residual_bits, momentum_bits, units, dead_zone) step_row_##name,
 #include "../flip_rules/rules.def"
 #undef OB_RULE
         },

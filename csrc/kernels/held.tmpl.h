@@ -22,11 +22,11 @@ hold_row(const ob_vote_strip *s, size_t i, size_t n, const vf *u)
 static void
 hold_tile(const ob_vote_strip *s, size_t i0, size_t rows, const ob_acc *acc)
 {
-    vote_tile_body(s, i0, rows, acc, hold_row);
+    vote_tile_body(s, i0, rows, acc, 0.0f, hold_row);
 }
 
 OB_INLINE uint64_t
-cast_row_body(const ob_cast_row *row,
+cast_row_body(const ob_cast_row *row, float dead_zone,
               uint64_t (*vote_row)(const ob_vote_strip *, size_t, size_t, const vf *))
 {
     ob_vote_strip s = row->vote;
@@ -49,6 +49,7 @@ cast_row_body(const ob_cast_row *row,
             u[v] = vf_max(vf_min(all, high), low);
         }
         total = s.strip ? total + vf_sum(row_square) : vf_sum(row_square);
+        beyond_dead_zone(u, dead_zone);
         moved += vote_row(&s, 0, row->n, u);
     }
     *row->row_square = total;
@@ -56,10 +57,10 @@ cast_row_body(const ob_cast_row *row,
     return moved;
 }
 
-#define OB_RULE(name, residual_bits, momentum_bits, units)  \
-    static uint64_t cast_row_##name(const ob_cast_row *row) \
-    {                                                       \
-        return cast_row_body(row, vote_row_##name);         \
+#define OB_RULE(name, residual_bits, momentum_bits, units, dead_zone) \
+    static uint64_t cast_row_##name(const ob_cast_row *row)           \
+    {                                                                 \
+        return cast_row_body(row, dead_zone, vote_row_##name);        \
     }
 #include "../flip_rules/rules.def"
 #undef OB_RULE

@@ -20,8 +20,18 @@ code_dot(const ob_vote_strip *s, size_t n, const int32_t *acc)
     return vi_sum64(pair[0], pair[1]);
 }
 
+/* u - clamp(u, +-zone): what a rule of a coarse residual has of a vote (rules.def), nothing for most. */
 OB_INLINE void
-vote_tile_body(const ob_vote_strip *s, size_t i0, size_t rows, const ob_acc *acc,
+beyond_dead_zone(vf *u, float zone)
+{
+    for (size_t v = 0; v < STRIP_VECTORS && zone > 0.0f; v++) {
+        vf above = vf_max(vf_add(u[v], vf_set1(-zone)), vf_set1(0.0f));
+        u[v] = vf_add(above, vf_min(vf_add(u[v], vf_set1(zone)), vf_set1(0.0f)));
+    }
+}
+
+OB_INLINE void
+vote_tile_body(const ob_vote_strip *s, size_t i0, size_t rows, const ob_acc *acc, float dead_zone,
                uint64_t (*vote_row)(const ob_vote_strip *, size_t, size_t, const vf *))
 {
     vf square[STRIP_VECTORS], c[STRIP_VECTORS], high = vf_set1(s->clip), low = vf_set1(-s->clip);
@@ -49,6 +59,7 @@ vote_tile_body(const ob_vote_strip *s, size_t i0, size_t rows, const ob_acc *acc
         s->row_sketch[i] = vf_sum(row_sketch);
         s->row_code[i] += code_dot(s, n, acc[r]);
         if (s->votes) {
+            beyond_dead_zone(u, dead_zone);
             *s->moved += vote_row(s, i, n, u);
         }
     }
@@ -57,11 +68,11 @@ vote_tile_body(const ob_vote_strip *s, size_t i0, size_t rows, const ob_acc *acc
     }
 }
 
-#define OB_RULE(name, residual_bits, momentum_bits, units)                       \
+#define OB_RULE(name, residual_bits, momentum_bits, units, dead_zone)            \
     static void vote_tile_##name(const ob_vote_strip *s, size_t i0, size_t rows, \
                                  const ob_acc *acc)                              \
     {                                                                            \
-        vote_tile_body(s, i0, rows, acc, vote_row_##name);                       \
+        vote_tile_body(s, i0, rows, acc, dead_zone, vote_row_##name);            \
     }
 #include "../flip_rules/rules.def"
 #undef OB_RULE

@@ -57,7 +57,9 @@ ob_ref_apply(ob_planes *planes, uint8_t *packed, size_t inputs, size_t i, size_t
 {
     int bits = ob_rule_residual_bits(planes->rule), units = ob_rule_units(planes->rule);
     int limit = bits == 16 ? 16256 : 127, e = ob_ref_residual(planes, inputs, i, k);
-    int vote = ob_ref_round(u * units_per_vote(planes), random, k, (float)limit);
+    float zone = ob_rule_dead_zone(planes->rule);
+    float beyond = u > zone ? u - zone : u < -zone ? u + zone : 0.0f;
+    int vote = ob_ref_round(beyond * units_per_vote(planes), random, k, (float)limit);
     if (bits >= 8) {
         set_residual(planes, inputs, i, k, ob_ref_clamp(e + vote, limit));
         return 0;

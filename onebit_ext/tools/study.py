@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,6 +25,7 @@ from .study_report import Entry, best, draw, report, table
 if TYPE_CHECKING:
     from onebit_ext.torch.study.arms import Arm
     from onebit_ext.torch.study.library import Library
+    from onebit_ext.torch.study.run import Engine
     from onebit_ext.torch.study.tasks import Task
 
 HELP = "every training method on every task, tuned on equal budgets, with table and plots"
@@ -42,8 +43,9 @@ goes on where it was. Writes study.json, study.md and pictures.
 
   onebit-ext study                          tiny models, every method and task
   onebit-ext study --tasks short --arms frozen,shadow32,residual8
-  onebit-ext study --size small             25 M ternary weights: days on a CPU; on GPUs:
-  python -m onebit_ext.torch.study.small    the fine-tuning and from-scratch tasks of that size in half an hour
+  onebit-ext study --size small --device cuda --tasks short,long,scratch
+                                            25 M ternary weights on every GPU of the machine, by the same rule on dense
+                                            tensors (Bop, the optimizer's residual and teacher need the C kernels)
 
 Exit code 0: done. 2: it could not run.
 """
@@ -59,11 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=integer(1, 10**6), metavar="N", help="of every run, for a first look")
     parser.add_argument("--out", type=Path, default=Path("out/study"), metavar="FOLDER", help="default %(default)s")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="C kernels, or GPUs (default cpu)")
     parser.add_argument(
         "--jobs",
         type=integer(1, 256),
-        default=cores,
-        help="runs at a time, a thread each (default: the CPUs, %(default)s)",
+        help=f"runs at a time, a thread each (default: the CPUs, {cores}; or the GPUs)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout; what you watch goes to stderr")
 
@@ -111,18 +113,19 @@ class Study:
 
     def __init__(self, args: argparse.Namespace, console: Console) -> None:
         from onebit_ext.torch.study.arms import BY_NAME
-        from onebit_ext.torch.study.engine import Engine
         from onebit_ext.torch.study.library import TASKS, Library
 
         self.args, self.console = args, console
-        names = _chosen("task", args.tasks, list(TASKS))
-        self.arms = {name: BY_NAME[name] for name in _chosen("arm", args.arms, list(BY_NAME))}
-        self.engine = Engine()
+        self.engine = _engine(args.device)
+        self.gpus = _count_gpus() if args.device == "cuda" else 0
+        names = _chosen("task", args.tasks, list(TASKS), lambda task: self.engine.refuses(BY_NAME["frozen"], task))
+        arms = _chosen("arm", args.arms, list(BY_NAME), lambda arm: self.engine.refuses(BY_NAME[arm], names[0]))
+        self.arms = {name: BY_NAME[name] for name in arms}
         args.out.mkdir(parents=True, exist_ok=True)
         self.library = Library(args.out, args.size, args.steps)
         self.seeds = args.seeds or self.library.size.seeds
         console.heading("Texts and checkpoint")
-        self.library.gather(names, self.engine, console.say, lambda *_: None)
+        self.library.gather(names, self.engine, console.say)
         self.tasks = {name: self.library.task(name) for name in names}
         self.labels = {name: arm.label for name, arm in self.arms.items()}
 
@@ -171,26 +174,47 @@ class Study:
         return [records[job] for job in jobs]
 
     def _run(self, jobs: list[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
-        workers = min(self.args.jobs, len(jobs))
-        setting = (self.args.out, self.args.size, self.args.steps)
+        workers = min(self.args.jobs or self.gpus or len(os.sched_getaffinity(0)), len(jobs))
+        setting = (self.args.out, self.args.size, self.args.steps, self.args.device)
         if workers <= 1:
             _begin(*setting)
             for job in jobs:
                 yield job, _train(job)
             return
-        with _pool(workers, setting) as pool:
+        with _pool(workers, setting, self.gpus) as pool:
             futures: dict[Future[dict[str, Any]], Job] = {pool.submit(_train, job): job for job in jobs}
             for future in as_completed(futures):
                 yield futures[future], future.result()
 
 
 @contextmanager
-def _pool(workers: int, setting: tuple[Any, ...]) -> Iterator[ProcessPoolExecutor]:
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker, setting)
+def _pool(workers: int, setting: tuple[Any, ...], gpus: int) -> Iterator[ProcessPoolExecutor]:
+    context = get_context("spawn")
+    turn = context.Value("i", 0)  # workers take the GPUs in turn
+    pool = ProcessPoolExecutor(workers, context, _begin_worker, (gpus, turn, *setting))
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _engine(device: str) -> Engine:
+    if device == "cuda":
+        from onebit_ext.torch.study import gpu
+
+        return gpu.Engine()
+    from onebit_ext.torch.study import engine
+
+    return engine.Engine()
+
+
+def _count_gpus() -> int:
+    import torch
+
+    count = torch.cuda.device_count()
+    if not count:
+        raise UserError("--device cuda: torch sees no GPU; leave the option out to run the C kernels on this CPU")
+    return count
 
 
 class _Progress:
@@ -220,27 +244,30 @@ def _time(seconds: float) -> str:
 
 
 # ------------------------------------------------------------------ in a worker
-_worker: tuple[Library, Any, dict[str, Task]]
+_worker: tuple[Library, Engine, dict[str, Task]]
 
 
-def _begin(out: Path, size: str, steps: int | None) -> None:
+def _begin(out: Path, size: str, steps: int | None, device: str) -> None:
     """Once per process."""
     global _worker
     import torch
 
     import onebit_ext as ob
-    from onebit_ext.torch.study.engine import Engine
     from onebit_ext.torch.study.library import Library
 
     torch.set_num_threads(1)
     ob.set_num_threads(1)
-    _worker = Library(out, size, steps), Engine(), {}
+    _worker = Library(out, size, steps), _engine(device), {}
 
 
-def _begin_worker(*setting: Any) -> None:
+def _begin_worker(gpus: int, turn: Any, *setting: Any) -> None:
     """A Ctrl-C reaches the whole group: the runs in hand end and are kept, and the parent stops."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    with turn.get_lock():
+        if gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(turn.value % gpus)
+        turn.value += 1
     _begin(*setting)
 
 
@@ -266,9 +293,11 @@ def _train(job: Job) -> dict[str, Any]:
     return record
 
 
-def _chosen(kind: str, given: list[str] | None, known: list[str]) -> list[str]:
-    """The names given, in our order."""
-    unknown = [name for name in given or [] if name not in known]
-    if unknown:
-        raise UserError(f"no {kind} {unknown[0]!r}; there are {', '.join(known)}")
-    return [name for name in known if given is None or name in given]
+def _chosen(kind: str, given: list[str] | None, known: list[str], refusal: Callable[[str], str]) -> list[str]:
+    """The names given, or all that the engine has, in our order."""
+    for name in given or []:
+        if name not in known:
+            raise UserError(f"no {kind} {name!r}; there are {', '.join(known)}")
+        if refusal(name):
+            raise UserError(refusal(name))
+    return [name for name in known if (not refusal(name) if given is None else name in given)]

@@ -89,8 +89,8 @@ def _scatter(rows: Sequence[Row], labels: dict[str, str], xlabel: str, x_of: Get
     figure, panels = _panels(tasks, "held-out loss (test)")
     for task, axes in panels.items():
         mine = [row for row in rows if row.task == task and row.loss is not None]
-        top = _top(mine)
-        for row in mine:
+        top, height = _top(mine), 7
+        for row in sorted(mine, key=x_of):
             colour, marker, _ = STYLE[row.arm]
             x, y = x_of(row), min(row.loss or 0.0, top)
             inside = (row.loss or 0.0) <= top
@@ -100,13 +100,9 @@ def _scatter(rows: Sequence[Row], labels: dict[str, str], xlabel: str, x_of: Get
                 markeredgecolor="white", markeredgewidth=0.6, label=row.label, clip_on=False,
             )  # fmt: skip
             if not inside:
-                place: dict[str, Any] = {
-                    "xytext": (0, 7),
-                    "textcoords": "offset points",
-                    "ha": "center",
-                    "fontsize": 7.5,
-                }
-                axes.annotate(f"↑ {row.loss:.3g}", (x, top), color=colour, **place)
+                place: dict[str, Any] = {"xytext": (0, height), "textcoords": "offset points", "ha": "center"}
+                axes.annotate(f"↑ {row.loss:.3g}", (x, top), color=colour, fontsize=7.5, **place)
+                height = 24 - height  # neighbours one above the other
             if row.arm in (FROZEN, HYBRID) and inside:
                 axes.axhline(y, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)), zorder=0)
         axes.set_xlabel(xlabel, fontsize=9)
@@ -119,12 +115,12 @@ def _scatter(rows: Sequence[Row], labels: dict[str, str], xlabel: str, x_of: Get
 
 
 def _top(rows: Sequence[Row]) -> float:
-    """Where a panel ends: a little above codes frozen, so that runs that failed do not flatten the others."""
+    """Where a panel ends: a little above frozen codes and hybrid, so that failed runs do not flatten the others."""
     losses = [row.loss for row in rows if row.loss is not None]
-    frozen = next((row.loss for row in rows if row.arm == FROZEN and row.loss is not None), None)
-    if not losses or frozen is None:
+    controls = [row.loss for row in rows if row.arm in (FROZEN, HYBRID) and row.loss is not None]
+    if not controls:
         return max(losses, default=0.0)
-    return min(max(losses), frozen + 0.25 * (frozen - min(losses)))
+    return min(max(losses), max(controls) + 0.25 * (max(controls) - min(losses)))
 
 
 def _plain_ticks(axes: Axes, values: Sequence[float]) -> None:

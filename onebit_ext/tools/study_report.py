@@ -12,6 +12,13 @@ from typing import Any
 from .console import Console
 
 FROZEN, HYBRID = "frozen", "shadow32"  # share 0 and share 1
+FIGURES = {
+    "digits": "digits, nats",
+    "recall": "digits right",
+    "old_text": "old text, nats/byte",
+    "wrong": "codes wrong",
+    "codes_changed": "codes changed",
+}  # of some tasks, and their heads in the table
 Record = dict[str, Any]
 Pair = tuple[str, str]  # task, arm
 
@@ -50,6 +57,7 @@ class Row:
     bits: float = 0.0  # measured, per weight
     peak_bytes: float = 0.0  # measured
     seconds: float = 0.0
+    figures: dict[str, float] = field(default_factory=dict)  # what else the task measures, by name
 
 
 def best(tuned: Iterable[Record]) -> dict[Pair, float]:
@@ -96,6 +104,12 @@ def _row(records: Sequence[Record], entry: Entry) -> Row:
     row.bits = statistics.mean(record["bits"] for record in final)
     row.peak_bytes = max(record["peak_bytes"] for record in final)
     row.seconds = statistics.mean(record["seconds"] for record in final)
+    measured = [{**record, **record.get("figures", {}).get("test", {})} for record in final]
+    row.figures = {
+        name: statistics.mean(figures[name] for figures in measured)
+        for name in FIGURES
+        if all(figures.get(name) is not None for figures in measured)
+    }
     return row
 
 
@@ -113,7 +127,9 @@ def markdown(rows: Sequence[Row], records: Sequence[Record]) -> str:
     for task in tasks:
         mine = [row for row in rows if row.task == task]
         head = ["method", f"loss, {mine[0].unit}", "bits, measured", "peak KB", "seconds", "rate"]
-        parts += [f"\n## {task}\n", _grid(head, [_cells(row) for row in mine])]
+        more = [name for name in FIGURES if any(name in row.figures for row in mine)]
+        lines = [_cells(row) + [_more(row, name) for name in more] for row in mine]
+        parts += [f"\n## {task}\n", _grid(head + [FIGURES[name] for name in more], lines)]
     answers = questions(rows, records)
     if answers:
         parts += ["\n## Answers\n", *[f"* {line}" for line in answers]]
@@ -144,6 +160,10 @@ def _cells(row: Row) -> list[str]:
     loss = f"diverged {row.diverged}x" if row.loss is None else f"{row.loss:.4f}{_pm(row.spread, 4)}"
     rate = f"{row.eta:g}" + ("*" if row.edge else "")
     return [row.label, loss, f"{row.bits:.2f}", f"{row.peak_bytes / 1e3:,.0f}", f"{row.seconds:.1f}", rate]
+
+
+def _more(row: Row, name: str) -> str:
+    return f"{row.figures[name]:.3f}" if name in row.figures else ""
 
 
 def _pm(spread: float | None, digits: int) -> str:

@@ -12,7 +12,7 @@ from .methods import Bop, LatentAdam, ShadowLinear, eta_from_hybrid, prepare
 from .nn import BitLinear
 from .ops import no_votes
 from .optim import FlipOptimizer
-from .schedule import cosine_schedule
+from .schedule import cosine_schedule, wsd_schedule
 from .swap import replace_linear
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "prepare",
     "replace_linear",
     "state_bytes",
+    "wsd_schedule",
 ]

@@ -14,7 +14,7 @@ from . import ops
 from .nn import BitLinear, plane_list
 from .optim import DEFAULT_CAP, FlipOptimizer
 from .planes import CONTROL, check, choose_rule, field, kinds, new_planes, repool, rotate
-from .schedule import factor
+from .schedule import cosine
 
 PREFIX = "onebit_"
 CONTROLS = ("control", "draws")  # float64: saved as bytes
@@ -181,7 +181,7 @@ class AutoFlip:
     def _eta(self, optimizer: torch.optim.Optimizer, group: int, control: Any) -> float:
         if self.stripes == 1:
             return self.flip_lr * _ratio(optimizer, group)
-        return self.flip_lr * factor(int(field(control, "step")), self.stripe_steps)
+        return self.flip_lr * cosine(int(field(control, "step")), self.stripe_steps)
 
     def _step(self, optimizer: torch.optim.Optimizer, group: int, layer: BitLinear) -> None:
         planes, ratio = layer._planes, _ratio(optimizer, group)

@@ -1,4 +1,4 @@
-"""Learning rates: warmup, then cosine to zero, for every group of an optimizer."""
+"""Learning rates: warmup, then down to zero, for every group of an optimizer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,25 @@ from typing import Any
 import torch
 
 WARMUP = 0.05  # of all steps
+DECAY = 0.4  # of all steps, in `wsd`
+Shape = Callable[[int, int, float], float]  # step, steps, warmup -> factor
 
 
-def factor(step: int, steps: int, warmup: float = WARMUP) -> float:
+def _rise(step: int, steps: int, warmup: float) -> float:
+    return min(1.0, (step + 1) / max(warmup * steps, 1.0))
+
+
+def cosine(step: int, steps: int, warmup: float = WARMUP) -> float:
     """min(1, (step + 1) / w) (1 + cos(pi step / steps)) / 2, w = warmup * steps; 0 from `steps` on."""
     if step >= steps:
         return 0.0
-    rise = min(1.0, (step + 1) / max(warmup * steps, 1.0))
-    return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return _rise(step, steps, warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def wsd(step: int, steps: int, warmup: float = WARMUP) -> float:
+    """Warmup, stable, decay (MiniCPM, arXiv 2404.06395): rises as `cosine`, stays at 1, falls linearly to 0 over the
+    last 40 % of the steps."""
+    return _rise(step, steps, warmup) * min(1.0, max(0.0, (steps - step) / (DECAY * steps)))
 
 
 def cosine_schedule(
@@ -27,16 +38,34 @@ def cosine_schedule(
     A block-cyclic optimizer's codes have one such cycle per stripe, `stripe_steps` long; where that is open, it becomes
     steps / stripes, rounded up: one cycle of all stripes per run.
     """
+    return _schedule("cosine_schedule", optimizer, steps, warmup, cosine)
+
+
+def wsd_schedule(
+    optimizer: torch.optim.Optimizer, steps: int, warmup: float = WARMUP
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """As `cosine_schedule`, but the codes' rate stays at its peak and falls over the last 40 % (`wsd`).
+
+    A stripe of a block-cyclic optimizer has few steps: this one makes more of them, at 2/3 to 3/4 of the peak.
+    """
+    return _schedule("wsd_schedule", optimizer, steps, warmup, wsd)
+
+
+def _schedule(
+    caller: str, optimizer: torch.optim.Optimizer, steps: int, warmup: float, shape: Shape
+) -> torch.optim.lr_scheduler.LambdaLR:
     if steps < 1 or not 0 <= warmup <= 1:
-        raise ValueError(f"cosine_schedule: 'steps' must be at least 1, 'warmup' in [0, 1], got {steps!r}, {warmup!r}")
+        raise ValueError(f"{caller}: 'steps' must be at least 1, 'warmup' in [0, 1], got {steps!r}, {warmup!r}")
     stripes = getattr(optimizer, "stripes", 1)
 
     def of(group: dict[str, Any]) -> Callable[[int], float]:
-        if stripes == 1 or group.get("kind") != "codes":
-            return lambda step: factor(step, steps, warmup)
+        if group.get("kind") != "codes":
+            return lambda step: cosine(step, steps, warmup)
+        if stripes == 1:
+            return lambda step: shape(step, steps, warmup)
         if group["stripe_steps"] is None:
             group["stripe_steps"] = math.ceil(steps / stripes)
         cycle = group["stripe_steps"]
-        return lambda step: factor(step % cycle, cycle, warmup) if step < stripes * cycle else 0.0
+        return lambda step: shape(step % cycle, cycle, warmup) if step < stripes * cycle else 0.0
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, [of(group) for group in optimizer.param_groups])

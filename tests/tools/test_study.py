@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from oracle_basics import read_residual  # noqa: E402
 
 from onebit_ext.tools import UserError, study_report  # noqa: E402
 from onebit_ext.tools.study_report import Entry, Row  # noqa: E402
+from onebit_ext.torch.study import gpu  # noqa: E402
 from onebit_ext.torch.study.arms import ALL, BY_NAME  # noqa: E402
-from onebit_ext.torch.study.engine import Engine  # noqa: E402
+from onebit_ext.torch.study.engine import Engine, Trainer  # noqa: E402
 from onebit_ext.torch.study.library import Library, split  # noqa: E402
 from onebit_ext.torch.study.run import train_arm  # noqa: E402
 from onebit_ext.torch.study.sizes import SIZES  # noqa: E402
@@ -104,6 +106,10 @@ def test_several_processes_give_the_same_records(first: tuple[dict[str, Any], st
         (["--arms", "residual9"], "no arm 'residual9'; there are frozen"),
         (["--tasks", "teacher", "--arms", "frozen", "--out", "/dev/null/x"], "cannot write to /dev/null/x"),
         (["--seeds", "0"], "must be an integer in 1..100"),
+        (
+            ["--device", "cuda", "--tasks", "short,teacher"],
+            "no GPU" if not torch.cuda.is_available() else "C kernels only",
+        ),
     ],
 )
 def test_mistakes_get_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -155,6 +161,7 @@ def test_arms_have_equal_budgets_and_are_known_to_the_plots() -> None:
     assert {len(arm.candidates(0.03, 1e-3)) for arm in ALL} == {3}
     assert {arm.name for arm in ALL} == set(STYLE) and len(set(STYLE.values())) == len(ALL)
     assert BY_NAME["frozen"].candidates(0.03, 1e-3) == [0.001, 0.004, 0.016]
+    assert BY_NAME["shadow32"].candidates(0.08, 1e-3) == [0.02, 0.04, 0.08]
 
 
 def test_the_checkpoint_holds_codes_and_one_scale_per_layer(first: tuple[dict[str, Any], str, Path]) -> None:
@@ -165,10 +172,8 @@ def test_the_checkpoint_holds_codes_and_one_scale_per_layer(first: tuple[dict[st
         assert len(weight.abs().unique()) == 2 and 0 in weight
     starts = []
     for name in ("residual8", "shadow32", "frozen"):
-        prepared, *_ = Engine().prepare(
-            library.task("facts").new_model(3), BY_NAME[name], 0.01, library.task("facts"), 1
-        )
-        starts.append(torch.cat([codes.flatten() for codes in Engine().codes(prepared)]))
+        trainer = Engine().trainer(BY_NAME[name], library.task("facts"), 3, 0.01)
+        starts.append(torch.cat([codes.flatten() for codes in trainer.codes()]))
     assert torch.equal(starts[0], starts[1]) and torch.equal(starts[0], starts[2])
     assert torch.equal(starts[0], torch.cat([layer.weight.sign().flatten() for layer in model.linears()]))
 
@@ -220,19 +225,17 @@ def test_the_law_of_rounding_against_rounding() -> None:
 
 @pytest.mark.parametrize("name", ["residual16", "residual8", "residual8_momentum4", "residual4", "residual2", "byte"])
 def test_positions_are_what_the_oracle_reads(name: str) -> None:
-    task, engine = Library(Path("."), "tiny", 4).task("teacher"), Engine()
-    run_model, optimizer, schedule = engine.prepare(task.new_model(0), BY_NAME[name], 0.2, task, 5)
-    for batch in task.stream(0):
-        task.loss(run_model, batch).backward()
-        optimizer.step()
-        schedule.step()
+    task = Library(Path("."), "tiny", 4).task("teacher")
+    trainer = Engine().trainer(BY_NAME[name], task, 5, 0.2)
+    for _ in range(task.steps):
+        trainer.step(False)
     units = {"residual16": 16384, "residual4": 15, "residual2": 3, "byte": 85}.get(name, 128)
-    got = engine.positions(run_model, optimizer)
+    got = trainer.positions()
     assert got is not None and any(bool((position != position.round()).any()) for position in got)
-    for layer, position in zip(run_model.linears(), got, strict=True):
+    for layer, position in zip(trainer.model.linears(), got, strict=True):
         planes = {
             key: value.view(torch.uint16).numpy() if value.dtype == torch.bfloat16 else value.numpy()
-            for key, value in optimizer.state[layer.weight].items()
+            for key, value in trainer.optimizer.state[layer.weight].items()
         }
         e = read_residual(planes)
         want = e / units + (0 if name == "byte" else layer.codes().numpy())
@@ -242,18 +245,49 @@ def test_positions_are_what_the_oracle_reads(name: str) -> None:
 def test_a_run_that_diverges_is_recorded() -> None:
     task = Library(Path("."), "tiny", 40).task("teacher")
 
-    class Broken(Engine):
-        calls = 0
-
-        def flip_rate(self, optimizer: Any) -> Any:
-            self.calls += 1
-            if self.calls == 33:
+    class Broken(Trainer):
+        def step(self, watched: bool) -> None:
+            if len(self.etas) == 32:
                 raise FloatingPointError("non-finite gradient")
-            return super().flip_rate(optimizer)
+            super().step(watched)
 
-    record = train_arm(BY_NAME["residual8"], task, 1, 0.02, Broken())
+    class Breaking(Engine):
+        def trainer(self, *arguments: Any) -> Trainer:
+            return Broken(*arguments)
+
+    record = train_arm(BY_NAME["residual8"], task, 1, 0.02, Breaking())
     assert record["val"] is None and record["test"] is None and "non-finite" in record["diverged"]
     json.dumps(record, allow_nan=False)
+
+
+@pytest.mark.parametrize("name", ["residual8", "cyclic2", "stochastic", "frozen", "shadow32", "shadow16"])
+def test_the_emulation_trains_as_the_c_kernels(name: str) -> None:
+    """The same batches, rates and codes at the start; losses a step apart by rounding alone."""
+    task = Library(Path("."), "tiny", 12).task("copy")
+    task.size = replace(task.size, windows=16)
+    eta, runs = BY_NAME[name].candidates(task.eta, task.scale_lr)[0], []
+    for engine in (Engine(), gpu.Engine("cpu")):
+        trainer, losses = engine.trainer(BY_NAME[name], task, 3, eta), []
+        start = trainer.codes()
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(task.steps):
+                trainer.step(True)
+                losses.append(trainer.progress()[0])
+        runs.append((losses, trainer.evaluate("test")["loss"], trainer.codes(), trainer))
+    (ours, end, codes, compiled), (theirs, their_end, their_codes, emulated) = runs
+    np.testing.assert_allclose(theirs, ours, rtol=2e-3)
+    assert their_end == pytest.approx(end, rel=4e-3) and ours[-1] < ours[0]
+    apart, moved = (sum(int((a != b).sum()) for a, b in zip(codes, c, strict=True)) for c in (their_codes, start))
+    assert apart <= 0.1 * moved
+    assert emulated.etas == pytest.approx([0.0] * task.steps if name == "frozen" else compiled.etas)
+    assert emulated.persistent_bytes() == pytest.approx(compiled.persistent_bytes(), rel=0.03)
+    assert emulated.peak_bytes() == pytest.approx(compiled.peak_bytes(), rel=0.15)
+
+
+def test_what_runs_on_c_kernels_only_says_so() -> None:
+    refuses = gpu.Engine("cpu").refuses
+    assert [arm.name for arm in ALL if refuses(arm, "short")] == ["optimizer32", "bop"]
+    assert "C kernels only" in refuses(BY_NAME["byte"], "teacher")
 
 
 # ------------------------------------------------------------------ arithmetic
@@ -305,6 +339,15 @@ def test_the_table_says_what_the_rows_hold() -> None:
     for row in rows:
         row.scratch = True
     assert "| residual8 | 10 | +0.150 +- 0.071 |" in study_report.markdown(rows, [])
+
+
+def test_what_a_task_measures_beside_its_loss_has_columns() -> None:
+    records = [record("frozen", "final", 1.0, 0.1, seed, "facts") for seed in (1, 2)]
+    for one, recall in zip(records, (0.25, 0.5), strict=True):
+        one |= {"figures": {"val": {"recall": 0.9}, "test": {"loss": 1.0, "recall": recall}}, "codes_changed": 0.125}
+    rows = study_report.table(records, [Entry("facts", "nats/byte", False, "frozen", "frozen", 2)])
+    text = study_report.markdown(rows, records)
+    assert "| rate | digits right | codes changed |" in text and "| 0.1 | 0.375 | 0.125 |" in text
 
 
 def test_no_gain_has_no_share() -> None:

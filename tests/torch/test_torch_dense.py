@@ -23,6 +23,7 @@ from onebit_ext.torch import (
     eta_from_hybrid,
     prepare,
     state_bytes,
+    wsd_schedule,
 )
 from onebit_ext.torch.memory import gradient_bytes
 
@@ -236,6 +237,22 @@ def test_every_stripe_has_its_own_cycle() -> None:
     assert rates[:10] == rates[10:20] == rates[20:] and rates[0] < rates[1] > rates[9]
     assert stripes == [0] * 10 + [1] * 10 + [2] * 10
     assert optimizer.param_groups[0]["lr"] == optimizer.param_groups[2]["lr"] == 0
+
+
+@pytest.mark.parametrize("stripes, cycle", [(1, 30), (3, 10)])
+def test_wsd_schedule(stripes: int, cycle: int) -> None:
+    optimizer = FlipOptimizer(net(), lr=0.1, float_lr=0.2, stripes=stripes)
+    schedule = wsd_schedule(optimizer, 30, 0.2)
+    for step in range(31):
+        place = step % cycle
+        want = min((place + 1) / (0.2 * cycle), 1) * min(1, (cycle - place) / (0.4 * cycle)) * (step < 30)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * want, abs=1e-12)
+        rest = min(1, (step + 1) / 6) * (1 + math.cos(math.pi * step / 30)) / 2
+        assert optimizer.param_groups[2]["lr"] == pytest.approx(0.2 * rest, abs=1e-12)
+        optimizer.step()
+        schedule.step()
+    with pytest.raises(ValueError, match="wsd_schedule: 'steps'"):
+        wsd_schedule(optimizer, 0)
 
 
 def test_eta_from_hybrid() -> None:

@@ -310,10 +310,9 @@ clamped(int v, int limit)
     return v > limit ? limit : v < -limit ? -limit : v;
 }
 
-/* One vote of column j, rounded: into the residual, then what step() does with it.  `lag` widens the threshold by so many
- * units, a variant that the C core does not have. */
+/* One vote of column j, rounded: into the residual, then what step() does with it. */
 DEVICE void
-apply(strip *s, int64_t j, int vote, int bits, int units, int lag)
+apply(strip *s, int64_t j, int vote, int bits, int units)
 {
     int half = units / 2, t = code_of(s, j), now;
     if (bits < 8) { /* code and residual are one number, units * T + e */
@@ -329,9 +328,9 @@ apply(strip *s, int64_t j, int vote, int bits, int units, int lag)
             now = e > half ? 1 : e < -half ? -1 : 0;
         }
         else {
-            int up = e > half + lag && t < 1, down = e < -half - lag && t > -1;
+            int up = e > half && t < 1, down = e < -half && t > -1;
             now = t + up - down;
-            e = up ? e - units : down ? e + units : clamped(e, half + lag);
+            e = up ? e - units : down ? e + units : clamped(e, half);
         }
         s->residual[s->at + j] = (int16_t)e;
     }
@@ -398,9 +397,11 @@ vote_strip(int64_t i, const arguments *a)
         }
     }
     row_key random = at_row(control, momentum_bits ? MOMENTUM_STEP : VOTE, s.n);
+    float zone = (float)a->n[6] * 0.5f;
     for (int j = 0; j < STRIP; j++) {
-        float v = round_within(u[j] * step, uniform(random, s.first + j), limit);
-        apply(&s, j, (int)v, bits, units, (int)a->n[6]);
+        float beyond = fmaxf(u[j] - zone, 0.0f) + fminf(u[j] + zone, 0.0f);
+        float v = round_within(beyond * step, uniform(random, s.first + j), limit);
+        apply(&s, j, (int)v, bits, units);
     }
     if (s.moved) {
         count_up((int32_t *)a->p[13], s.moved);

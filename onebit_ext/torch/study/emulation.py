@@ -90,15 +90,16 @@ def tokens_of(x: Tensor) -> Tensor:
 class Rule:
     """A flip rule's name and widths, or None for codes that stay."""
 
-    def __init__(self, name: str | None, stripes: int = 1, lag: int = 0) -> None:
-        self.name, self.stripes, self.lag = name, stripes, lag
+    def __init__(self, name: str | None, stripes: int = 1) -> None:
+        self.name, self.stripes = name, stripes
         if name is None:
-            self.bits, self.momentum, self.units = CODES_ONLY, 0, 1
+            self.bits, self.momentum, self.units, self.dead_zone = CODES_ONLY, 0, 1, 0
             return
         residual, _, momentum = name.partition("_momentum")
         self.momentum = int(momentum or 0)
         self.bits = int(residual[8:]) if residual.startswith("residual") else {"byte": 8, "stochastic": 0}[name]
         self.units = 85 if name == "byte" else {16: 16384, 8: 128, 4: 15, 2: 3, 0: 1}[self.bits]
+        self.dead_zone = 1.5 if self.bits < 4 else 0
 
 
 class EmulatedLinear(nn.Module):
@@ -184,7 +185,12 @@ class EmulatedLinear(nn.Module):
         launch("column_squares", blocks * k, [acc, self.hs, self.scale, self.control, columns], sizes)
         pointers = [acc, self.hs, self.scale, self.control, self.row_factor, self.col_factor, self.codes, self.turned]
         pointers += [self.residual, self.momentum, self.momentum_scale, squares, products, self.moved]
-        launch("vote_strip", rows * strips, pointers, [*sizes, rule.bits, rule.momentum, rule.units, rule.lag])
+        launch(
+            "vote_strip",
+            rows * strips,
+            pointers,
+            [*sizes, rule.bits, rule.momentum, rule.units, int(2 * rule.dead_zone)],
+        )
         pointers = [squares, self.row_factor, self.control, products, self.products]
         launch("collect", rows, pointers, [rows, strips, k])
         launch("collect", k, [columns, self.col_factor, self.control, None, None], [k, blocks, rows])

@@ -1,4 +1,4 @@
-"""The engine of the C kernels; another one has the same methods."""
+"""The engine of the C kernels: what trains an arm on a task, a step at a time, and measures it."""
 
 from __future__ import annotations
 
@@ -8,77 +8,108 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import BitLinear, ShadowLinear, cosine_schedule, prepare, state_bytes
+from .. import BitLinear, ShadowLinear, cosine_schedule, prepare, state_bytes, wsd_schedule
+from ..demo.train import training
 from ..memory import training_bytes
 from .arms import Arm
 from .tasks import Task
 
-Optimizer = torch.optim.Optimizer
 UNITS = {"residual16": 16384, "residual8": 128, "residual4": 15, "residual2": 3, "byte": 85}  # to a cell
 
 
 class Engine:
-    """Turns float models into ternary ones with an optimizer and a schedule, and measures them.
+    """Ternary layers of the C kernels on a CPU, an optimizer and a schedule, as a user has them."""
 
-    Nothing that is called at every step (the model, `flip_rate`) may wait for a device.
-    """
+    name = "c"
 
-    name, device = "c", "cpu"
+    def refuses(self, arm: Arm, task: str) -> str:
+        """Why it cannot train an arm on a task, or nothing."""
+        return ""
 
-    def prepare(
-        self, model: Any, arm: Arm, eta: float, task: Task, seed: int
-    ) -> tuple[Any, Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    def trainer(self, arm: Arm, task: Task, seed: int, eta: float) -> Trainer:
         """eta: the arm's dial.  The codes are the absmean codes of the float model."""
+        return Trainer(arm, task, seed, eta)
+
+
+class Trainer:
+    """One arm on one task."""
+
+    def __init__(self, arm: Arm, task: Task, seed: int, eta: float) -> None:
+        self.task, self.stream = task, task.stream(seed)
+        model = task.new_model(seed)
         options: dict[str, Any] = {"float_lr": task.float_lr, "scale_lr": task.scale_lr} | arm.options
         if "shadow_dtype" in options:
             options["shadow_dtype"] = getattr(torch, options["shadow_dtype"])
-        options["scale_lr" if arm.dial == "scale" else "lr"] = rate(model, arm, eta)
+        options["scale_lr" if arm.dial == "scale" else "lr"] = arm.rate(model, eta)
         if options.get("method") == "shadow":
             del options["scale_lr"]
         else:
             options["seed"] = seed
-        model, optimizer = prepare(model, **options)
-        return model, optimizer, cosine_schedule(optimizer, task.steps)
+        self.model: Any
+        self.model, self.optimizer = prepare(model, **options)
+        self.etas: list[float] = []  # of the codes, by step
+        self.peak = 0
+        self._losses: list[Tensor] = []
+        self._flips: list[float] = []
+        self._watched = False
+        scheduled = wsd_schedule if arm.schedule == "wsd" else cosine_schedule
+        schedule = scheduled(self.optimizer, task.steps)
+        clip = [*self.model.float_parameters()]
+        clip += [layer.weight for layer in self.model.linears() if layer.weight.requires_grad]
+        clip = [p for p in clip if p.requires_grad]
+        self._steps = training(self._loss, self.optimizer, schedule, task.steps, clip, self._after_backward)
 
-    def synchronize(self) -> None:
-        """Wait until the device has done what was asked."""
+    def step(self, watched: bool) -> None:
+        """watched: the bytes behind the backward count for `peak_bytes`."""
+        self._watched = watched
+        _, loss = next(self._steps)
+        self._losses.append(loss)
+        rate = getattr(self.optimizer, "flip_rate", None)
+        if rate is not None:
+            self._flips.append(rate)
 
-    def flip_rate(self, optimizer: Optimizer) -> float | Tensor | None:
-        """Share of the codes that the last step moved; None where codes follow a float weight."""
-        return getattr(optimizer, "flip_rate", None)
+    def _loss(self, step: int) -> Tensor:
+        self.etas.append(float(self.optimizer.param_groups[0]["lr"]))
+        return self.task.loss(self.model, self.stream[step])
 
-    def persistent_bytes(self, model: Any, optimizer: Optimizer) -> int:
+    def _after_backward(self, step: int) -> None:
+        if self._watched:
+            self.peak = max(self.peak, training_bytes(self.model, self.optimizer))
+
+    def progress(self) -> tuple[float, list[float]]:
+        """Since the last call: mean training loss, flip rates of the steps, none where codes follow a float weight."""
+        loss, flips = torch.stack(self._losses).mean().item(), self._flips
+        self._losses, self._flips = [], []
+        return loss, flips
+
+    def evaluate(self, split: str) -> dict[str, float]:
+        """The task's figures."""
+        return self.task.evaluate(self.model, split)
+
+    def persistent_bytes(self) -> int:
         """Of the ternary layers between two steps."""
-        return state_bytes(model, optimizer)
+        return state_bytes(self.model, self.optimizer)
 
-    def training_bytes(self, model: Any, optimizer: Optimizer) -> int:
-        """Of the whole training state now: parameters, gradients, optimizer; no activations."""
-        return training_bytes(model, optimizer)
+    def peak_bytes(self) -> int:
+        """Of the whole training state: parameters, gradients, optimizer; no activations."""
+        return max(self.peak, training_bytes(self.model, self.optimizer))
 
-    def codes(self, model: Any) -> list[Tensor]:
-        """The codes (N, K) of the ternary layers, on the CPU."""
-        return [_codes(layer) for layer in model.linears()]
+    def codes(self) -> list[Tensor]:
+        """The codes (N, K) of the ternary layers."""
+        return [_codes(layer) for layer in self.model.linears()]
 
-    def positions(self, model: Any, optimizer: Optimizer) -> list[Tensor] | None:
-        """The weights that learn, T + e or W / mean |W| (N, K) in cells, on the CPU; None where they are not kept."""
-        found = [_position(layer, optimizer) for layer in model.linears()]
+    def positions(self) -> list[Tensor] | None:
+        """The weights that learn, T + e or W / mean |W| (N, K) in cells; None where they are not kept."""
+        found = [_position(layer, self.optimizer) for layer in self.model.linears()]
         kept = [position for position in found if position is not None]
         return kept if len(kept) == len(found) else None
 
-    def float_state(self, model: Any) -> dict[str, Tensor]:
+    def float_state(self) -> dict[str, Tensor]:
         """state_dict of the float model from that of one trained with float weights ("shadow")."""
-        return {name: value.detach().float().cpu() for name, value in model.state_dict().items()}
+        return {name: value.detach().float().cpu() for name, value in self.model.state_dict().items()}
 
 
-def rate(model: Any, arm: Arm, eta: float) -> float:
-    """The learning rate that a dial at eta means for the float model."""
-    if arm.dial != "hybrid":
-        return eta
-    weights = [layer.weight for layer in model.linears()]
-    return eta * sum(float(w.detach().abs().sum()) for w in weights) / sum(w.numel() for w in weights)
-
-
-def _position(layer: Any, optimizer: Optimizer) -> Tensor | None:
+def _position(layer: Any, optimizer: torch.optim.Optimizer) -> Tensor | None:
     if isinstance(layer, ShadowLinear):
         weight = layer.weight.detach().float()
         return weight / weight.abs().mean()

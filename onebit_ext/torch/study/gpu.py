@@ -1,9 +1,10 @@
-"""One training run on a GPU as a CUDA graph: batches, schedule, losses and flip rates never leave the device."""
+"""The engine of a GPU: the rule of emulation.cu, a step as one CUDA graph.
+
+Batches, schedule, losses and flip rates never leave the device.  Activations are bfloat16 (autocast).
+"""
 
 from __future__ import annotations
 
-import math
-import time
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from onebit_ext import _core
 
+from ..schedule import WARMUP, Shape, cosine, wsd
+from .arms import Arm
 from .emulation import (
     CONTROL,
     CONTROL_LEN,
@@ -25,6 +28,7 @@ from .emulation import (
     scaled,
     tokens_of,
 )
+from .tasks import State, Task
 
 EAGER = 3  # steps before the graph is captured: AdamW makes its state
 
@@ -75,65 +79,94 @@ class _Shadow(torch.autograd.Function):
         return dx, dw.to(ctx.dtype), None
 
 
-def cosine(steps: int, warmup: int) -> np.ndarray[Any, Any]:
-    """Factors of the learning rate by step, and 0 after the last."""
-    step = np.arange(steps)
-    factor = np.minimum(1, (step + 1) / warmup) * 0.5 * (1 + np.cos(np.pi * step / steps))
-    return np.append(factor, 0.0)
+def _factors(shape: Shape, steps: int) -> np.ndarray[Any, Any]:
+    """Of a learning rate, by step."""
+    return np.array([shape(step, steps, WARMUP) for step in range(steps)])
+
+
+class Engine:
+    """Emulated layers on a device of torch's, "cuda", or "cpu" where a test compares it."""
+
+    name = "emulation"
+
+    def __init__(self, device: str = "cuda") -> None:
+        self.device = device
+
+    def refuses(self, arm: Arm, task: str) -> str:
+        """Why it cannot train an arm on a task, or nothing."""
+        if arm.options.get("method") in ("optimizer", "bop"):
+            return f"arm {arm.name!r} runs on the C kernels only (--device cpu)"
+        return "task 'teacher' runs on the C kernels only (--device cpu)" if task == "teacher" else ""
+
+    def trainer(self, arm: Arm, task: Task, seed: int, eta: float) -> Trainer:
+        """eta: the arm's dial.  The codes are the absmean codes of the float model."""
+        return Trainer(arm, task, seed, eta, self.device)
 
 
 class Trainer:
-    """One run: `model` (B, T) bytes -> logits with `loss(window)`, its linear layers already emulated."""
+    """One arm on one task; the contract of each method is that of engine.py."""
 
-    def __init__(self, model: Any, plan: dict[str, Any]) -> None:
-        self.model, self.plan = model, plan
-        device = next(model.parameters()).device
-        self.emulated = [layer for layer in model.modules() if isinstance(layer, EmulatedLinear)]
-        self.shadows = [layer for layer in model.modules() if isinstance(layer, Shadow)]
-        steps, batch = plan["steps"], plan["batch"]
-        generator = torch.Generator().manual_seed(plan["seed"] + 1)
-        text = plan["text"]
-        first = torch.randint(len(text) - model.context, (steps, batch), generator=generator)
-        self.text, self.first = text, first.to(device)
-        self.offsets = torch.arange(model.context + 1, device=device)
+    def __init__(self, arm: Arm, task: Task, seed: int, eta: float, device: str) -> None:
+        self.arm, self.task, self.device = arm, task, device
+        self.model: Any = task.new_model(seed).to(device)
+        self.rate = arm.rate(self.model, eta)
+        emulate(self.model, arm, seed)
+        self.emulated = [layer for layer in self.model.linears() if isinstance(layer, EmulatedLinear)]
+        self.shadows = [layer for layer in self.model.linears() if isinstance(layer, Shadow)]
+        self.stream = task.stream(seed).to(device)
+        self.done, self.told = 0, 0
+        self.graph: torch.cuda.CUDAGraph | None = None
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
-        self.losses, self.flips = torch.zeros(steps + 1, device=device), torch.zeros(steps + 1, device=device)
-        self._schedules(steps, device)
+        self.losses, self.flips = torch.zeros(task.steps + 1, device=device), torch.zeros(task.steps + 1, device=device)
+        self._schedules()
         self._optimizer()
 
-    def _schedules(self, steps: int, device: torch.device) -> None:
-        plan = self.plan
-        whole = cosine(steps, max(1, round(plan["warmup"] * steps)))
-        self.stripes = self.emulated[0].rule.stripes if self.emulated else 1
-        each = steps // self.stripes
-        cycle = cosine(each, max(1, round(plan["warmup"] * each)))[:-1]
-        cycles = np.append(np.tile(cycle, self.stripes + 1)[:steps], 0.0)
-        self.stripe_steps = each if self.stripes > 1 else 0
-        eta = plan["eta"] * (cycles if self.stripes > 1 else whole)
-        self.eta = eta
-        self.rates = torch.tensor(np.stack([np.append(eta[1:], 0.0), plan["scale_lr"] * whole], 1), device=device)
-        self.float_rates = torch.tensor(plan["float_lr"] * whole, dtype=torch.float32, device=device)
-        self.shadow_rates = torch.tensor(plan["eta"] * whole, dtype=torch.float32, device=device)
+    def _schedules(self) -> None:
+        task, steps = self.task, self.task.steps
+        whole = _factors(cosine, steps)
+        stripes = self.emulated[0].rule.stripes if self.emulated else 1
+        each = -(-steps // stripes)
+        self.stripe_steps = each if stripes > 1 else 0
+        shape = wsd if self.arm.schedule == "wsd" else cosine
+        eta = np.tile(_factors(shape, each), stripes)[:steps] * (0.0 if self.arm.dial == "scale" else self.rate)
+        scale_lr = self.rate if self.arm.dial == "scale" else task.scale_lr
+        rates = np.stack([np.append(eta[1:], 0.0), scale_lr * whole], 1)
+        self.etas = eta.tolist()
+        self.rates = torch.tensor(rates, device=self.device)
+        self.float_rates = torch.tensor(task.float_lr * whole, dtype=torch.float32, device=self.device)
+        self.shadow_rates = torch.tensor(self.rate * whole, dtype=torch.float32, device=self.device)
 
     def _optimizer(self) -> None:
-        device = self.index.device
-        ours = {id(p) for layer in [*self.emulated, *self.shadows] for p in layer.parameters()}
-        self.floats = [p for p in self.model.parameters() if id(p) not in ours]
+        self.floats = self.model.float_parameters()
         self.weights = [layer.weight for layer in self.shadows]
-        self.float_lr, self.shadow_lr = torch.zeros((), device=device), torch.zeros((), device=device)
-        options: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.0, "capturable": device.type == "cuda"}
+        self.float_lr, self.shadow_lr = (torch.zeros((), device=self.device) for _ in range(2))
+        options: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.0, "capturable": self.index.is_cuda}
         self.adamw = [torch.optim.AdamW(self.floats, lr=self.float_lr, **options)]
         if self.weights:
             self.adamw.append(torch.optim.AdamW(self.weights, lr=self.shadow_lr, **options))
         self.rules = Rules(self.emulated) if self.emulated else None
         if self.rules is not None:
-            self.rules.set_eta(float(self.eta[0]))
+            self.rules.set_eta(self.etas[0])
 
-    def step(self) -> None:
-        """Everything of one step, on the device."""
-        window = self.text[self.first.index_select(0, self.index)[0][:, None] + self.offsets].long()
-        with torch.autocast(window.device.type, torch.bfloat16):
-            loss = self.model.loss(window)
+    def step(self, watched: bool) -> None:
+        """On the device; nothing is waited for."""
+        if self.stripe_steps and self.done and self.done % self.stripe_steps == 0:
+            assert self.rules is not None
+            self.rules.rotate()
+        if self.done < EAGER or not self.index.is_cuda:
+            self._step()
+        else:
+            if self.graph is None:
+                torch.cuda.synchronize()
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):
+                    self._step()
+            self.graph.replay()
+        self.done += 1
+
+    def _step(self) -> None:
+        with torch.autocast(self.device, torch.bfloat16):
+            loss = self.task.loss(self.model, self.stream.index_select(0, self.index)[0])
         loss.backward()
         nn.utils.clip_grad_norm_(self.floats + self.weights, 1.0, foreach=True)
         self.float_lr.copy_(self.float_rates.index_select(0, self.index)[0])
@@ -151,90 +184,67 @@ class Trainer:
         for parameter in self.model.parameters():
             parameter.grad = None
 
-    @torch.no_grad()
-    def held_out(self, windows: Tensor) -> float:
-        """Mean nats per byte over windows (W, T + 1) uint8."""
-        total = torch.zeros((), device=windows.device)
-        with torch.autocast(windows.device.type, torch.bfloat16):
-            for part in windows.split(64):
-                total += self.model.loss(part.long()).float() * len(part)
-        return float(total) / len(windows)
+    def progress(self) -> tuple[float, list[float]]:
+        since, self.told = slice(self.told, self.done), self.done
+        return self.losses[since].mean().item(), self.flips[since].tolist() if self.emulated else []
 
-    def rotates(self, step: int) -> bool:
-        """Whether the next stripe of a block-cyclic arm begins."""
-        if not self.stripe_steps or not step or step % self.stripe_steps:
-            return False
-        return step // self.stripe_steps < self.stripes
+    def evaluate(self, split: str) -> dict[str, float]:
+        with torch.autocast(self.device, torch.bfloat16):
+            return self.task.evaluate(self.model, split)
 
-    def run(self, points: int = 10) -> dict[str, Any]:
-        """Train; a record of losses at `points`, flip rates, seconds, bytes."""
-        steps, val = self.plan["steps"], self.plan["val"]
-        measured = {round(steps * point / points) for point in range(points + 1)}
-        at, losses, graph, begun = [], [], None, time.perf_counter()
-        for step in range(steps + 1):
-            if step in measured:
-                at.append(step)
-                losses.append(self.held_out(val))
-                if not math.isfinite(losses[-1]):
-                    break
-            if step == steps:
-                break
-            if self.rotates(step):
-                assert self.rules is not None
-                self.rules.rotate()
-            if step < EAGER or not self.index.is_cuda:
-                self.step()
-            else:
-                if graph is None:
-                    torch.cuda.synchronize()
-                    graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(graph):
-                        self.step()
-                graph.replay()
-        if self.index.is_cuda:
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - begun
-        block = max(1, steps // 100)
-        flips = self.flips[:steps].cpu()[: steps // block * block].view(-1, block).mean(1).tolist()
-        train = self.losses[:steps].cpu()[: steps // block * block].view(-1, block).mean(1).tolist()
-        return {
-            "steps": at,
-            "losses": losses,
-            "val": losses[-1],
-            "test": self.held_out(self.plan["test"]),
-            "start": losses[0],
-            "flip_rates": [round(rate, 6) for rate in flips],
-            "worst_flip_rate": float(self.flips.max()),
-            "train_losses": [round(loss, 4) for loss in train],
-            "seconds": seconds,
-        }
+    def persistent_bytes(self) -> int:
+        """Counted on the C core's planes: the emulation's own are not packed."""
+        total = sum(3 * weight.numel() * weight.element_size() for weight in self.weights)
+        for layer in self.emulated:
+            n, k, rule = layer.out_features, layer.in_features, layer.rule
+            total += n * k // 4 + 4 + 8 * len(CONTROL)  # codes, scale
+            if rule.name is not None:
+                specs = _core.plane_specs(n, k, rule.name, stripes=rule.stripes)
+                total += sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in specs.values())
+        return total
+
+    def peak_bytes(self) -> int:
+        """Float parameters and float weights also have a gradient, the former two moments of float32."""
+        gradients = sum(weight.numel() * weight.element_size() for weight in self.weights)
+        return self.persistent_bytes() + gradients + sum(16 * parameter.numel() for parameter in self.floats)
+
+    def codes(self) -> list[Tensor]:
+        return [_codes(layer).clone().cpu() for layer in self.model.linears()]
+
+    def positions(self) -> list[Tensor] | None:
+        return None
+
+    def float_state(self) -> State:
+        return {name: value.detach().float().cpu() for name, value in self.model.state_dict().items()}
 
 
-def emulate(model: Any, state: dict[str, Any] | None, arm: dict[str, Any], seed: int) -> None:
-    """Replace the layers of `model.linears()`, on the model's device, by what `arm` trains.
+def _codes(layer: Any) -> Tensor:
+    if isinstance(layer, EmulatedLinear):
+        return layer.codes
+    weight: Tensor = layer.weight.detach().float()
+    return (weight / weight.abs().mean().clamp(min=1e-5)).round().clamp(-1, 1).to(torch.int8)
 
-    state: `codes_and_floats` of a checkpoint; None: random weights.
-    """
-    for index, (parent, name) in enumerate(_places(model)):
-        old = getattr(parent, name)
-        weight = old.weight.detach().float() if state is None else state["weights"][index].float()
-        if arm["method"] == "shadow":
-            setattr(parent, name, Shadow(weight.to(arm.get("dtype", torch.float32)).clone(), index, seed))
+
+def emulate(model: Any, arm: Arm, seed: int) -> None:
+    """Replace the layers of `model.linears()`, on the model's device, by what `arm` trains."""
+    ours = {id(layer): index for index, layer in enumerate(model.linears())}
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if id(child) in ours
+    ]
+    options = arm.options
+    for parent, name, old in places:
+        index, weight = ours[id(old)], old.weight.detach().float()
+        if options.get("method") == "shadow":
+            dtype = getattr(torch, options.get("shadow_dtype", "float32"))
+            setattr(parent, name, Shadow(weight.to(dtype).clone(), index, seed))
             continue
         scale = weight.abs().mean().clamp(min=1e-5)
         codes = (weight / scale).round().clamp(-1, 1)
-        rule = Rule(arm["rule"], arm.get("stripes", 1), arm.get("lag", 0))
-        setattr(parent, name, EmulatedLinear(codes, float(1 / (1 / scale)), rule, index, seed=seed))
-
-
-def _places(model: Any) -> list[tuple[nn.Module, str]]:
-    names = ("qkv", "out", "gate_up", "down")
-    return [(block, name) for block in model.blocks for name in names]
-
-
-def codes_and_floats(model: Any) -> dict[str, Any]:
-    """A checkpoint of a hybrid run: float shadows, and the float parameters."""
-    shadows = [layer.weight.detach().float().clone() for layer in model.modules() if isinstance(layer, Shadow)]
-    inside = {id(layer.weight) for layer in model.modules() if isinstance(layer, Shadow)}
-    floats = {name: p.detach().clone() for name, p in model.named_parameters() if id(p) not in inside}
-    return {"weights": shadows, "floats": floats}
+        rule = {"frozen": None, "stochastic": "stochastic"}.get(options.get("method", ""), options.get("rule"))
+        emulated = EmulatedLinear(
+            codes, float(1 / (1 / scale)), Rule(rule, options.get("stripes", 1)), index, seed=seed
+        )
+        setattr(parent, name, emulated)

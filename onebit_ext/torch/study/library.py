@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from onebit_ext.tools import UserError, text
 
+from . import site_text
 from .arms import Arm
-from .engine import Engine
-from .run import Watch, pretrain
+from .run import Engine, pretrain
 from .sizes import SIZES, Size
 from .tasks import Copying, Facts, Reading, Task, Teaching, Text
 
@@ -31,11 +31,7 @@ TASKS = {
     "facts": "code",
 }  # and the text they read
 FINETUNE = ("short", "long", "facts")
-SOURCES: dict[str, Callable[[], text.Corpus]] = {
-    "code": text.standard_library,
-    "docstrings": text.docstrings,
-    "headers": text.headers,
-}
+SOURCES = {"code": text.standard_library, "docstrings": text.docstrings, "headers": text.headers}
 BLOCK = 4096  # bytes of held-out text that go to val and to test in turn
 
 
@@ -49,22 +45,34 @@ class Library:
             self.size = replace(self.size, budgets=budgets)
         self.checkpoint = folder / f"pretrained-{size}-{self.size.budgets['pretrain'].steps}.safetensors"
 
-    def gather(self, names: Iterable[str], engine: Engine, say: Callable[[str], None], watch: Watch) -> None:
+    def gather(self, names: Iterable[str], engine: Engine, say: Callable[[str], None]) -> None:
         """Make the texts and the checkpoint that are not there yet."""
         names = list(names)
         finetune = any(name in FINETUNE for name in names)
-        for source in sorted({TASKS[name] for name in names} | ({"code"} if finetune else set()), key=str):
-            if source is not None and not self._text(source).exists():
-                corpus = SOURCES[source]()
-                say(f"  {source}: {len(corpus.train):,} bytes to train on, {len(corpus.held_out):,} held out")
-                val, test = split(corpus.held_out)
-                _write(self._text(source), partial(np.savez, train=corpus.train, val=val, test=test))
+        sources = {TASKS[name] for name in names} | ({"code"} if finetune else set())
+        self._gather_texts(sorted(source for source in sources if source is not None), say)
         if finetune and not self.checkpoint.exists():
             say("  pre-training the checkpoint of short, long and facts on code: hybrid float32, then its codes")
-            state, record = pretrain(Reading("pretrain", self.size, self.text("code"), None), engine, watch)
+            state, record = pretrain(Reading("pretrain", self.size, self.text("code"), None), engine)
             _write(self.checkpoint.with_suffix(".json"), lambda path: path.write_text(json.dumps(record)))
             _write(self.checkpoint, lambda path: save_file(state, path))
             say(f"  held-out {record['start']:.3f} -> {record['val']:.3f} nats/byte, {record['seconds']:.0f} s")
+
+    def _gather_texts(self, sources: list[str], say: Callable[[str], None]) -> None:
+        missing = [source for source in sources if not self._text(source).exists()]
+        if missing and self.size.all_packages:
+            say("  reading the installed packages: three minutes")
+            found = {
+                name: {split: _array(data) for split, data in parts.items()}
+                for name, parts in site_text.texts().items()
+            }
+        else:
+            found = {source: _parts(SOURCES[source]()) for source in missing}
+        for source in missing:
+            sizes = {split: f"{len(data):,}" for split, data in found[source].items()}
+            say(f"  {source}: {sizes['train']} bytes to train on, {sizes['val']} and {sizes['test']} held out")
+            parts: dict[str, Any] = {**found[source]}
+            _write(self._text(source), partial(np.savez, **parts))
 
     def _text(self, source: str) -> Path:
         return self.folder / f"text-{source}.npz"
@@ -124,6 +132,15 @@ def _digest(path: Path) -> str:
     if key not in _digests:
         _digests[key] = hashlib.sha256(path.read_bytes()).hexdigest()
     return _digests[key]
+
+
+def _array(data: bytes) -> text.Bytes:
+    return np.frombuffer(data, np.uint8)
+
+
+def _parts(corpus: text.Corpus) -> dict[str, text.Bytes]:
+    val, test = split(corpus.held_out)
+    return {"train": corpus.train, "val": val, "test": test}
 
 
 def split(held_out: text.Bytes) -> tuple[text.Bytes, text.Bytes]:

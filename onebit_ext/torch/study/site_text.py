@@ -1,6 +1,6 @@
-"""Texts of the `small` study: what an environment with torch carries in quantity.
+"""Texts of the `small` study: what an environment with torch carries in quantity; `tools.text` has smaller ones.
 
-code: the installed packages' Python sources without their docstrings; docs: those docstrings, mostly English; cpp:
+code: the installed packages' Python sources without their docstrings; docstrings: those, mostly English; headers:
 torch's C++ headers.  A sixteenth of the files, by a hash of their path, is held out, half of it for tuning ("val") and
 half for the figures ("test"); held-out lines that share 48 bytes in a row with training text are cut.
 """
@@ -13,36 +13,18 @@ import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from onebit_ext.tools.text import cut_leaks
 
 SPLITS = ("train", "val", "test")
-LIMITS = {"code": 30_000_000, "docs": 12_000_000, "cpp": 20_000_000}  # bytes to train on
+LIMITS = {"code": 30_000_000, "docstrings": 12_000_000, "headers": 20_000_000}  # bytes to train on
 HELD_OUT = 600_000  # bytes of each split that is held out
 FILE_BYTES = 60_000  # no file counts for more
-Text = dict[str, NDArray[np.uint8]]
 
 
-def load(folder: Path) -> dict[str, Text]:
-    """The three texts by split, from `folder`, where the first call writes them (a minute)."""
-    files = {(name, split): folder / f"{name}-{split}.bin" for name in LIMITS for split in SPLITS}
-    if not all(path.exists() for path in files.values()):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in build().items():
-            for split, data in text.items():
-                files[name, split].write_bytes(data)
-    return {
-        name: {split: np.frombuffer(files[name, split].read_bytes(), np.uint8) for split in SPLITS} for name in LIMITS
-    }
-
-
-def build() -> dict[str, dict[str, bytes]]:
-    """Read the installed packages."""
+def texts() -> dict[str, dict[str, bytes]]:
+    """By name and split; reads the installed packages (three minutes)."""
     root = Path(sysconfig.get_path("purelib"))
-    texts: dict[str, dict[str, bytes]] = {}
-    code, docs = Collector("code"), Collector("docs")
+    code, docs = Collector("code"), Collector("docstrings")
     for path in shuffled(root.rglob("*.py"), root):
         if code.full() and docs.full():
             break
@@ -54,13 +36,11 @@ def build() -> dict[str, dict[str, bytes]]:
         name = path.relative_to(root).as_posix()
         code.add(name, bare)
         docs.add(name, strings)
-    cpp = Collector("cpp")
+    cpp = Collector("headers")
     headers = (path for path in (root / "torch" / "include").rglob("*") if path.suffix in (".h", ".hpp", ".cuh"))
     for path in shuffled(headers, root):
         cpp.add(path.relative_to(root).as_posix(), path.read_text("utf-8", "replace"))
-    for collector in (code, docs, cpp):
-        texts[collector.name] = collector.texts()
-    return texts
+    return {collector.name: collector.texts() for collector in (code, docs, cpp)}
 
 
 def shuffled(paths: Iterable[Path], root: Path) -> list[Path]:

@@ -29,6 +29,7 @@ class Size:
     float_lr: float  # AdamW of embedding, head and norms, from scratch; fine-tuning takes a quarter
     scale_lr: float  # fine-tuning, relative to the first scale; from scratch takes six times that
     seeds: int
+    all_packages: bool  # texts of everything installed (site_text.py), or those of tools.text
     student: tuple[int, int]  # outputs and inputs of the layer that meets a teacher
 
 
@@ -38,21 +39,22 @@ SIZES = {
         layers=1,
         heads=2,
         hidden=192,
-        context=64,
-        windows=64,
+        context=48,
+        windows=80,
         facts=8,
         budgets={
             "pretrain": Budget(700, 16, 0.03),
-            "short": Budget(100, 8, 0.08),
-            "long": Budget(150, 8, 0.06),
-            "scratch": Budget(200, 8, 0.03),
-            "copy": Budget(80, 8, 0.08),
-            "teacher": Budget(150, 32, 0.04),
+            "short": Budget(80, 8, 0.08),
+            "long": Budget(110, 8, 0.08),
+            "scratch": Budget(130, 8, 0.04),
+            "copy": Budget(100, 8, 0.16),
+            "teacher": Budget(120, 32, 0.08),
             "facts": Budget(80, 8, 0.08),
         },
         float_lr=4e-3,
         scale_lr=1e-3,
         seeds=2,
+        all_packages=False,
         student=(64, 128),
     ),
     "small": Size(
@@ -75,6 +77,7 @@ SIZES = {
         float_lr=2e-3,
         scale_lr=1e-4,
         seeds=3,
+        all_packages=True,
         student=(512, 512),
     ),
 }
