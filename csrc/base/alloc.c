@@ -21,9 +21,10 @@
 #endif
 #define SLAB ((size_t)32 << 20) /* of addresses: there are only the pages that were touched */
 
-/* Recycled scratch: enough for the few sizes of a layer step on every thread, little enough to forget. */
-#define SPARE_BLOCKS 32
+/* Recycled scratch and results: enough for a layer step on every thread, little enough to forget. */
+#define SPARE_BLOCKS 128
 #define SPARE_BYTES ((size_t)256 << 20)
+#define PAGE_FAULTS ((size_t)64 << 10) /* malloc keeps smaller results */
 
 typedef struct header {  /* in the 64 bytes before every block */
     size_t bytes;        /* asked for: what the counters know */
@@ -43,7 +44,10 @@ static _Atomic int64_t fail_after = -1;
 
 static pthread_mutex_t spare_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_once_t fork_once = PTHREAD_ONCE_INIT;
-static void *spare[SPARE_BLOCKS]; /* oldest first */
+static struct spare {
+    void *block;
+    size_t capacity;   /* as in its header, which is in no cache */
+} spare[SPARE_BLOCKS]; /* oldest first */
 static size_t spare_count, spare_bytes;
 
 static pthread_mutex_t slab_lock = PTHREAD_MUTEX_INITIALIZER; /* taken after spare_lock */
@@ -236,8 +240,8 @@ ob_free(void *block)
 static void *
 spare_remove(size_t i)
 {
-    void *block = spare[i];
-    spare_bytes -= header_of(block)->capacity;
+    void *block = spare[i].block;
+    spare_bytes -= spare[i].capacity;
     spare_count--;
     for (; i < spare_count; i++) {
         spare[i] = spare[i + 1];
@@ -256,7 +260,7 @@ take(size_t bytes, size_t most)
     pthread_mutex_lock(&spare_lock);
     size_t best = SPARE_BLOCKS, best_capacity = most;
     for (size_t i = 0; i < spare_count; i++) {
-        size_t capacity = header_of(spare[i])->capacity;
+        size_t capacity = spare[i].capacity;
         if (capacity >= bytes && capacity <= best_capacity) {
             best = i;
             best_capacity = capacity;
@@ -277,12 +281,19 @@ ob_scratch_take(size_t bytes)
 void *
 ob_alloc_result(size_t bytes)
 {
+    if (bytes < PAGE_FAULTS) {
+        return ob_alloc(bytes);
+    }
     return take(bytes, bytes > SIZE_MAX / 8 ? 0 : bytes + bytes / 4 + PAGE); /* may be kept long */
 }
 
 void
 ob_free_result(void *block)
 {
+    if (block && header_of(block)->bytes < PAGE_FAULTS) {
+        ob_free(block);
+        return;
+    }
     ob_scratch_give(block);
 }
 
@@ -302,7 +313,7 @@ ob_scratch_give(void *block)
     while (spare_count == SPARE_BLOCKS || spare_bytes + capacity > SPARE_BYTES) {
         release(spare_remove(0));
     }
-    spare[spare_count++] = block;
+    spare[spare_count++] = (struct spare){block, capacity};
     spare_bytes += capacity;
     pthread_mutex_unlock(&spare_lock);
 }
