@@ -87,6 +87,8 @@ enum ob_control {
     OB_CTL_RULE,        /* whose planes these are: line of flip_rules/rules.def, counted from 0 */
     OB_CONTROL_LEN
 };
+/* While the guard is on, a larger eta counts as this: the flips that the guard measures come too late for it. */
+#define OB_ETA_LIMIT 0.1f
 
 /* ------------------------------------------------------------------ views */
 typedef struct ob_weights {

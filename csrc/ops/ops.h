@@ -33,12 +33,13 @@ ob_control_key(const double *control, double micro, enum ob_stream stream)
                       (uint64_t)micro, stream);
 }
 
-/* -units * eta * guard: a vote of 1 in units of the residual */
+/* -units * min(eta, OB_ETA_LIMIT) * guard: a vote of 1 in units of the residual */
 OB_INLINE float
 ob_control_step(ob_rule rule, const double *control)
 {
-    return (-(float)ob_rule_units(rule) * (float)control[OB_CTL_ETA]) *
-           (float)control[OB_CTL_GUARD];
+    float eta = (float)control[OB_CTL_ETA];
+    eta = control[OB_CTL_CAP] > 0 && eta > OB_ETA_LIMIT ? OB_ETA_LIMIT : eta;
+    return (-(float)ob_rule_units(rule) * eta) * (float)control[OB_CTL_GUARD];
 }
 
 /* Row i of the planes is output ob_first_row + ob_row_stride * i. */

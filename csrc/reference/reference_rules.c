@@ -37,8 +37,11 @@ set_residual(ob_planes *planes, size_t inputs, size_t i, size_t k, int e)
 static float
 units_per_vote(const ob_planes *planes)
 {
-    float units = (float)ob_rule_units(planes->rule);
-    return (-units * (float)planes->control[OB_CTL_ETA]) * (float)planes->control[OB_CTL_GUARD];
+    float units = (float)ob_rule_units(planes->rule), eta = (float)planes->control[OB_CTL_ETA];
+    if (planes->control[OB_CTL_CAP] > 0) {
+        eta = fminf(eta, OB_ETA_LIMIT);
+    }
+    return (-units * eta) * (float)planes->control[OB_CTL_GUARD];
 }
 
 /* Give T[n][k] the value `now`; 1 if it had another. */

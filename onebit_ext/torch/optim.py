@@ -56,6 +56,7 @@ class FlipOptimizer(torch.optim.Optimizer):
         stripes, stripe_steps: block-cyclic training.  Only the rows n % stripes == stripe are in training and have
             planes; after stripe_steps steps of a layer the next stripe's turn comes.  None: `cosine_schedule` sets it.
         flip_rate_cap: share of codes a layer may flip per step before the guard slows it; None: 2.5 %; 0: no guard.
+            While it is on, an lr of the codes beyond .1 counts as .1.
         seed: of all stochastic rounding.
         vote_plane: a step's votes meet in int16 and count as one vote in step(), so that micro-batches and ranks train
             as one batch, by any rule; that plane is zero between steps, and not in state_dict() then.

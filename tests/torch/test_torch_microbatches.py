@@ -73,10 +73,13 @@ def test_four_micro_batches_learn_as_one_batch() -> None:
     assert abs(mean(4, LR) - mean(1, LR)) < noise + 0.01 * start
 
 
-def test_a_rate_ten_times_too_large_ends_worse_but_not_at_the_start() -> None:
-    """Measured: .134."""
-    start = sum(final_loss(seed, 1, LR)[0] for seed in SEEDS) / len(SEEDS)
-    assert 1.05 * mean(1, LR) < mean(1, 10 * LR) < 0.5 * start
+def test_a_rate_ten_times_too_large_ends_near_the_best() -> None:
+    """The guard takes it as .1, which stays longer at its peak. Measured: .117 against .1155."""
+    assert 0.95 * mean(1, LR) < mean(1, 10 * LR) < 1.1 * mean(1, LR)
+
+
+def test_without_the_guard_it_does_not() -> None:
+    assert mean(1, 10 * LR, flip_rate_cap=0) > 1.3 * mean(1, LR)
 
 
 def test_the_guard_holds_with_a_momentum_too() -> None:

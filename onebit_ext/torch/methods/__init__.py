@@ -21,7 +21,7 @@ METHODS = {  # and the default of lr
     "residual": 0.03,
     "optimizer": 1e-3,
     "shadow": 1e-3,
-    "stochastic": 0.03,
+    "stochastic": 0.02,
     "bop": 1e-2,
     "frozen": 0.0,
 }
@@ -50,7 +50,7 @@ def prepare(
         "optimizer"   codes in the layer; float residual and Adam's moments of `shadow_dtype` in the optimizer,
                       2 + 96 or 2 + 48; AdamW's, 1e-3
         "shadow"      float weights of `shadow_dtype` under AdamW, 96 or 48; AdamW's, 1e-3
-        "stochastic"  2 bits: codes move by stochastic rounding alone (rule "stochastic"); eta, .03
+        "stochastic"  2 bits: codes move by stochastic rounding alone (rule "stochastic"); eta, .02
         "bop"         2 + 32 or 2 + 16, by `shadow_dtype`: `Bop`; the rate of its mean, .01
         "frozen"      2 bits: codes stay, scales and floats train
     float_lr, scale_lr: of the float parameters and of the scales ("shadow" has none); `options` go to the optimizer.

@@ -46,7 +46,7 @@ class Arm:
 def _residual(bits: int, momentum: int = 0) -> Arm:
     name = f"residual{bits}" + (f"_momentum{momentum}" if momentum else "")
     label = f"residual {bits}" + (f", momentum {momentum}" if momentum else "")
-    factors = (1.0, 2.0, 4.0) if momentum else EVEN if bits >= 8 else SLOWER
+    factors = EVEN if momentum or bits >= 8 else SLOWER
     return Arm(name, label, 2 + bits + momentum, {"rule": name}, factors=factors, quantum=QUANTA[bits])
 
 
@@ -62,7 +62,7 @@ ALL = (
     Arm("shadow16", "hybrid bfloat16", 48, {"method": "shadow", "shadow_dtype": "bfloat16"}, "hybrid", SLOWER),
     Arm("optimizer32", "float32 in the optimizer", 98, {"method": "optimizer"}, "hybrid", SLOWER),
     Arm("bop", "Bop", 34, {"method": "bop"}, factors=(0.25, 1.0, 4.0)),
-    Arm("stochastic", "stochastic rounding", 2, {"method": "stochastic"}, factors=(0.02, 0.06, 0.2), quantum=1.0),
+    Arm("stochastic", "stochastic rounding", 2, {"method": "stochastic"}, factors=SLOWER, quantum=1.0),
     _residual(16),
     _residual(8, 4),
     _residual(8),

@@ -373,7 +373,8 @@ vote_strip(int64_t i, const arguments *a)
     }
     float ratio = row_factor[row] / (float)control[MEAN_R], clip = (float)control[CLIP];
     float an = ratio > 0.0f ? (h * sn) / sqrtf(ratio) : 0.0f;
-    float step = (-(float)units * (float)control[ETA]) * (float)control[GUARD];
+    float eta = control[CAP] > 0 ? fminf((float)control[ETA], 0.1f) : (float)control[ETA];
+    float step = (-(float)units * eta) * (float)control[GUARD];
     float u[STRIP], limit = bits == 16 ? 16256.0f : 127.0f;
     for (int j = 0; j < STRIP; j++) {
         float factor = column_factor[s.first + j], c = factor > 0.0f ? 1.0f / sqrtf(factor) : 0.0f;

@@ -67,7 +67,7 @@ SIZES = {
         facts=1000,
         budgets={
             "pretrain": Budget(1500, 64, 0.05),
-            "short": Budget(400, 64, 0.03),
+            "short": Budget(400, 64, 0.04),
             "long": Budget(1500, 16, 0.02),
             "scratch": Budget(1000, 64, 0.05),
             "copy": Budget(400, 64, 0.05),
