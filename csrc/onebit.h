@@ -240,6 +240,9 @@ ob_status ob_set_num_threads(size_t threads); /* 1..256; takes effect at the nex
 /* 64-byte aligned memory, the only malloc of the project.  Huge pages are advised for large blocks. */
 void *ob_alloc(size_t bytes); /* NULL: out of memory */
 void ob_free(void *block);
+/* The same for a call's results: recycled, because the next call would fault fresh pages in again. */
+void *ob_alloc_result(size_t bytes);
+void ob_free_result(void *block);
 void
 ob_alloc_fail_after(int64_t calls); /* tests: the calls-th ob_alloc from now fails; -1: never */
 size_t ob_alloc_live_bytes(void);   /* now */

@@ -29,6 +29,7 @@ def linear_forward(
     sx: Array | None = None,
     packing: str = "tile16",
 ) -> Array: ...
+def new_kept(tokens: int, in_features: int) -> tuple[Array, Array]: ...  # xq, sx
 def linear_backward_input(
     dy: Array, packed: Array, scale: Array, in_features: int, control: Array, *, out: Array | None = None
 ) -> Array: ...

@@ -253,3 +253,24 @@ def test_what_lives_between_steps(recipe: str, bits: float) -> None:
     assert size * 8 / (n * k) <= bits
     assert ob.memory()["live"] - live < size + 16 * 4 * (n + k)  # sums, moments, controls: a few rows
     assert optimizer.layers == (made,)
+
+
+def test_blocks_of_every_size_come_and_go_without_touching_each_other() -> None:
+    generator = np.random.default_rng(5)
+    gc.collect()
+    live = ob.memory()["live"]
+    held: dict[int, np.ndarray[Any, Any]] = {}
+    for turn in range(600):
+        slot = int(generator.integers(40))
+        array = held.pop(slot, None)
+        if array is None:
+            size = int(2 ** generator.uniform(4, 22))  # beside each other in slabs, and on both sides of those
+            array = held[slot] = ob.empty(size, np.uint8)
+            assert array.ctypes.data % 64 == 0 and not array.any()
+            array[:] = slot + 1
+        else:
+            assert (array == slot + 1).all(), turn
+        del array
+    assert ob.memory()["live"] - live == sum(array.nbytes for array in held.values())
+    held.clear()
+    assert ob.memory()["live"] == live

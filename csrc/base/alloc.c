@@ -12,24 +12,46 @@
 /* Room for the header before a huge block; a mapping is still whole pages where they are larger. */
 #define PAGE ((size_t)4096)
 
-/* Recycled scratch: enough for the few sizes of a layer step on every thread, little enough to forget. */
-#define SPARE_BLOCKS 32
-#define SPARE_BYTES ((size_t)256 << 20)
+/* Blocks from SLAB_BLOCK to a huge page share slabs of huge pages: most planes are that small, and a walk over pages of
+ * 4 KiB is slower. */
+#if defined(__SANITIZE_ADDRESS__)
+#define SLAB_BLOCK HUGE_PAGE /* none: malloc'ed, it watches their ends */
+#else
+#define SLAB_BLOCK ((size_t)64 << 10)
+#endif
+#define SLAB ((size_t)32 << 20) /* of addresses: there are only the pages that were touched */
 
-typedef struct header { /* in the 64 bytes before every block */
-    size_t bytes;       /* asked for: what the counters know */
-    size_t capacity;    /* usable */
-    size_t mapped;      /* length of the mapping, 0 if malloc'ed */
-    void *base;         /* what to free or unmap */
+/* Recycled scratch and results: enough for a layer step on every thread, little enough to forget. */
+#define SPARE_BLOCKS 128
+#define SPARE_BYTES ((size_t)256 << 20)
+#define PAGE_FAULTS ((size_t)64 << 10) /* malloc keeps smaller results */
+
+typedef struct header {  /* in the 64 bytes before every block */
+    size_t bytes;        /* asked for: what the counters know */
+    size_t capacity;     /* usable */
+    size_t mapped;       /* length of the mapping, 0 if there is none of its own */
+    void *base;          /* what to free or unmap; the slab */
+    struct header *next; /* in the slab, by address */
 } header;
+
+typedef struct slab { /* the first 64 bytes of a mapped block */
+    struct slab *next;
+    header *first;
+} slab;
 
 static atomic_size_t live, peak, largest;
 static _Atomic int64_t fail_after = -1;
 
 static pthread_mutex_t spare_lock = PTHREAD_MUTEX_INITIALIZER;
-static pthread_once_t spare_once = PTHREAD_ONCE_INIT;
-static void *spare[SPARE_BLOCKS]; /* oldest first */
+static pthread_once_t fork_once = PTHREAD_ONCE_INIT;
+static struct spare {
+    void *block;
+    size_t capacity;   /* as in its header, which is in no cache */
+} spare[SPARE_BLOCKS]; /* oldest first */
 static size_t spare_count, spare_bytes;
+
+static pthread_mutex_t slab_lock = PTHREAD_MUTEX_INITIALIZER; /* taken after spare_lock */
+static slab *slabs;
 
 static header *
 header_of(void *block)
@@ -84,8 +106,85 @@ map_block(size_t bytes)
 #if defined(MADV_HUGEPAGE)
     madvise(block, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE); /* refused: only slower */
 #endif
-    *header_of(block) = (header){bytes, (size_t)(base + mapped - block), mapped, base};
+    *header_of(block) = (header){bytes, (size_t)(base + mapped - block), mapped, base, NULL};
     return block;
+}
+
+static void
+lock_both(void)
+{
+    pthread_mutex_lock(&spare_lock);
+    pthread_mutex_lock(&slab_lock);
+}
+
+static void
+unlock_both(void)
+{
+    pthread_mutex_unlock(&slab_lock);
+    pthread_mutex_unlock(&spare_lock);
+}
+
+static void
+follow_forks(void)
+{
+    pthread_atfork(lock_both, unlock_both, unlock_both);
+}
+
+/* The first gap of a slab that holds a header and `capacity` bytes; NULL: there is none. */
+static void *
+take_from(slab *s, size_t capacity)
+{
+    header **link = &s->first;
+    char *gap = (char *)s + ALIGNMENT, *end = (char *)s + SLAB;
+    for (; *link && (size_t)((char *)*link - gap) < ALIGNMENT + capacity; link = &(*link)->next) {
+        gap = (char *)*link + ALIGNMENT + (*link)->capacity;
+    }
+    if (!*link && (size_t)(end - gap) < ALIGNMENT + capacity) {
+        return NULL;
+    }
+    header *h = (header *)gap;
+    *h = (header){0, capacity, 0, s, *link};
+    *link = h;
+    return gap + ALIGNMENT;
+}
+
+static void *
+take_small(size_t capacity)
+{
+    void *block = NULL;
+    pthread_once(&fork_once, follow_forks);
+    pthread_mutex_lock(&slab_lock);
+    for (slab *s = slabs; s && !block; s = s->next) {
+        block = take_from(s, capacity);
+    }
+    slab *fresh = block ? NULL : map_block(SLAB);
+    if (fresh) {
+        *fresh = (slab){slabs, NULL};
+        slabs = fresh;
+        block = take_from(fresh, capacity);
+    }
+    pthread_mutex_unlock(&slab_lock);
+    return block;
+}
+
+static void
+give_small(header *h)
+{
+    slab *s = h->base, **at = &slabs;
+    pthread_mutex_lock(&slab_lock);
+    header **link = &s->first;
+    while (*link != h) {
+        link = &(*link)->next;
+    }
+    *link = h->next;
+    if (!s->first) {
+        while (*at != s) {
+            at = &(*at)->next;
+        }
+        *at = s->next;
+        munmap(header_of(s)->base, header_of(s)->mapped);
+    }
+    pthread_mutex_unlock(&slab_lock);
 }
 
 static void *
@@ -95,12 +194,15 @@ new_block(size_t bytes)
         return map_block(bytes);
     }
     size_t capacity = OB_CEIL_DIV(bytes, ALIGNMENT) * ALIGNMENT; /* no shared cache line */
+    if (capacity >= SLAB_BLOCK) {
+        return take_small(capacity);
+    }
     char *base = malloc(capacity + 2 * ALIGNMENT);
     if (!base) {
         return NULL;
     }
     char *block = align_up(base, ALIGNMENT) + ALIGNMENT;
-    *header_of(block) = (header){bytes, capacity, 0, base};
+    *header_of(block) = (header){bytes, capacity, 0, base, NULL};
     return block;
 }
 
@@ -110,6 +212,9 @@ release(void *block)
     header *h = header_of(block);
     if (h->mapped) {
         munmap(h->base, h->mapped);
+    }
+    else if (h->capacity >= SLAB_BLOCK) {
+        give_small(h);
     }
     else {
         free(h->base);
@@ -132,29 +237,11 @@ ob_free(void *block)
     }
 }
 
-static void
-spare_lock_now(void)
-{
-    pthread_mutex_lock(&spare_lock);
-}
-
-static void
-spare_unlock_now(void)
-{
-    pthread_mutex_unlock(&spare_lock);
-}
-
-static void
-spare_start(void)
-{
-    pthread_atfork(spare_lock_now, spare_unlock_now, spare_unlock_now);
-}
-
 static void *
 spare_remove(size_t i)
 {
-    void *block = spare[i];
-    spare_bytes -= header_of(block)->capacity;
+    void *block = spare[i].block;
+    spare_bytes -= spare[i].capacity;
     spare_count--;
     for (; i < spare_count; i++) {
         spare[i] = spare[i + 1];
@@ -162,27 +249,52 @@ spare_remove(size_t i)
     return block;
 }
 
-void *
-ob_scratch_take(size_t bytes)
+/* A block of at most `most` bytes if a spare one will do, else a new one. */
+static void *
+take(size_t bytes, size_t most)
 {
     if (should_fail()) {
         return NULL;
     }
-    pthread_once(&spare_once, spare_start);
-    spare_lock_now();
-    size_t best = SPARE_BLOCKS;
-    size_t best_capacity = bytes > SIZE_MAX / 8 ? 0 : 4 * bytes + 4 * PAGE; /* waste no more */
+    pthread_once(&fork_once, follow_forks);
+    pthread_mutex_lock(&spare_lock);
+    size_t best = SPARE_BLOCKS, best_capacity = most;
     for (size_t i = 0; i < spare_count; i++) {
-        size_t capacity = header_of(spare[i])->capacity;
+        size_t capacity = spare[i].capacity;
         if (capacity >= bytes && capacity <= best_capacity) {
             best = i;
             best_capacity = capacity;
         }
     }
     void *block = best < SPARE_BLOCKS ? spare_remove(best) : NULL;
-    spare_unlock_now();
+    pthread_mutex_unlock(&spare_lock);
     block = block ? block : new_block(bytes);
     return block ? count_in(block, bytes) : NULL;
+}
+
+void *
+ob_scratch_take(size_t bytes)
+{
+    return take(bytes, bytes > SIZE_MAX / 8 ? 0 : 4 * bytes + 4 * PAGE);
+}
+
+void *
+ob_alloc_result(size_t bytes)
+{
+    if (bytes < PAGE_FAULTS) {
+        return ob_alloc(bytes);
+    }
+    return take(bytes, bytes > SIZE_MAX / 8 ? 0 : bytes + bytes / 4 + PAGE); /* may be kept long */
+}
+
+void
+ob_free_result(void *block)
+{
+    if (block && header_of(block)->bytes < PAGE_FAULTS) {
+        ob_free(block);
+        return;
+    }
+    ob_scratch_give(block);
 }
 
 void
@@ -197,13 +309,13 @@ ob_scratch_give(void *block)
         release(block);
         return;
     }
-    spare_lock_now();
+    pthread_mutex_lock(&spare_lock);
     while (spare_count == SPARE_BLOCKS || spare_bytes + capacity > SPARE_BYTES) {
         release(spare_remove(0));
     }
-    spare[spare_count++] = block;
+    spare[spare_count++] = (struct spare){block, capacity};
     spare_bytes += capacity;
-    spare_unlock_now();
+    pthread_mutex_unlock(&spare_lock);
 }
 
 void

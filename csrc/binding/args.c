@@ -280,8 +280,14 @@ free_block(PyObject *capsule)
     ob_free(PyCapsule_GetPointer(capsule, NULL));
 }
 
-PyArrayObject *
-ob_new_array(PyArray_Descr *descr, int ndim, const npy_intp *dims, int zeroed)
+static void
+free_result(PyObject *capsule)
+{
+    ob_free_result(PyCapsule_GetPointer(capsule, NULL));
+}
+
+static PyArrayObject *
+new_array(PyArray_Descr *descr, int ndim, const npy_intp *dims, int zeroed, int result)
 {
     if (descr == NULL) {
         return NULL;
@@ -296,10 +302,12 @@ ob_new_array(PyArray_Descr *descr, int ndim, const npy_intp *dims, int zeroed)
         PyErr_NoMemory();
         return NULL;
     }
-    void *block = ob_alloc(bytes > 0 ? bytes : 1);
-    PyObject *owner = block != NULL ? PyCapsule_New(block, NULL, free_block) : PyErr_NoMemory();
+    const size_t room = bytes > 0 ? bytes : 1;
+    void *block = result ? ob_alloc_result(room) : ob_alloc(room);
+    PyObject *owner = block != NULL ? PyCapsule_New(block, NULL, result ? free_result : free_block)
+                                    : PyErr_NoMemory();
     if (owner == NULL) {
-        ob_free(block);
+        result ? ob_free_result(block) : ob_free(block);
         Py_DECREF(descr);
         return NULL;
     }
@@ -320,6 +328,12 @@ ob_new_array(PyArray_Descr *descr, int ndim, const npy_intp *dims, int zeroed)
 }
 
 PyArrayObject *
+ob_new_array(PyArray_Descr *descr, int ndim, const npy_intp *dims, int zeroed)
+{
+    return new_array(descr, ndim, dims, zeroed, 0);
+}
+
+PyArrayObject *
 ob_new_typed(int type, int ndim, const npy_intp *dims, int zeroed)
 {
     return ob_new_array(PyArray_DescrFromType(type), ndim, dims, zeroed);
@@ -336,7 +350,19 @@ ob_new_like(const ob_view *x, size_t columns)
     dims[ndim - 1] = (npy_intp)columns;
     PyArray_Descr *descr = PyArray_DESCR(x->array);
     Py_INCREF(descr);
-    return ob_new_array(descr, ndim, dims, 0);
+    return new_array(descr, ndim, dims, 0, 1);
+}
+
+int
+ob_new_kept(size_t m, size_t k, PyArrayObject **xq, PyArrayObject **sx)
+{
+    const npy_intp dims[2] = {(npy_intp)m, (npy_intp)ob_padded_k(k)};
+    *sx = NULL;
+    *xq = new_array(PyArray_DescrFromType(NPY_INT8), 2, dims, 0, 1);
+    if (*xq != NULL) {
+        *sx = new_array(PyArray_DescrFromType(NPY_FLOAT), 1, dims, 0, 1);
+    }
+    return *sx != NULL ? 0 : -1;
 }
 
 PyObject *

@@ -86,8 +86,10 @@ int ob_fail_status(const ob_call *call, ob_status status); /* 0 if OB_OK, else -
  * with an exception set: passed on). */
 PyArrayObject *ob_new_array(PyArray_Descr *descr, int ndim, const npy_intp *dims, int zeroed);
 PyArrayObject *ob_new_typed(int type, int ndim, const npy_intp *dims, int zeroed);
-/* Of the dtype and shape of x with `columns` in place of its last dimension. */
+/* Results, on recycled memory: of the dtype and shape of x with `columns` in place of its last dimension; and what a
+ * forward of m tokens keeps, xq (m, padded k) and sx (m,), -1 with an exception (release both). */
 PyArrayObject *ob_new_like(const ob_view *x, size_t columns);
+int ob_new_kept(size_t m, size_t k, PyArrayObject **xq, PyArrayObject **sx);
 /* A second array on the same memory, so that its holder's own array cannot be reshaped from Python. */
 PyObject *ob_alias(PyArrayObject *array);
 

@@ -267,6 +267,27 @@ linear_forward(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
 }
 
 static PyObject *
+new_kept(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
+{
+    static char *keys[] = {"tokens", "in_features", NULL};
+    PyObject *tokens, *columns, *result = NULL;
+    PyArrayObject *xq = NULL, *sx = NULL;
+    ob_call call = {.function = "new_kept"};
+    size_t m = 0, k = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OO", keys, &tokens, &columns) ||
+        ob_take_size(&call, tokens, "tokens", 0, (size_t)1 << 53, &m) < 0 ||
+        ob_take_size(&call, columns, "in_features", 0, OB_MAX_K, &k) < 0) {
+        return NULL;
+    }
+    if (ob_new_kept(m, k, &xq, &sx) == 0) {
+        result = PyTuple_Pack(2, (PyObject *)xq, (PyObject *)sx);
+    }
+    Py_XDECREF(xq);
+    Py_XDECREF(sx);
+    return result;
+}
+
+static PyObject *
 linear_backward_input(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
 {
     return ob_py_linear_backward_input("linear_backward_input", ob_linear_backward_input, args, kw);
@@ -291,6 +312,10 @@ PyDoc_STRVAR(
     "product of the leading dimensions, padded K = 16 * ceil(K / 16).  A token with a non-finite\n"
     "entry gives NaN.  Quantisation: BitNet b1.58, arXiv 2402.17764.\n"
     "Raises TypeError (dtype), ValueError (shape, layout), BufferError (read-only, overlap).");
+
+PyDoc_STRVAR(new_kept_doc, "new_kept($module, /, tokens, in_features)\n--\n\n"
+                           "xq (M, padded K) int8 and sx (M,) float32 for linear_forward, of "
+                           "undefined contents.");
 
 PyDoc_STRVAR(
     linear_backward_input_doc,
@@ -319,6 +344,7 @@ PyDoc_STRVAR(
 
 PyMethodDef ob_linear_methods[] = {
     OB_METHOD("linear_forward", linear_forward, linear_forward_doc),
+    OB_METHOD("new_kept", new_kept, new_kept_doc),
     OB_METHOD("linear_backward_input", linear_backward_input, linear_backward_input_doc),
     OB_METHOD("vote", vote, vote_doc),
     {NULL, NULL, 0, NULL},

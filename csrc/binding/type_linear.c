@@ -38,10 +38,8 @@ forward(PyObject *object, PyObject *args, PyObject *kw)
         return NULL;
     }
     const size_t m = ob_view_rows(view);
-    npy_intp dims[2] = {(npy_intp)m, (npy_intp)ob_padded_k(self->k)};
     if ((y = ob_new_like(view, self->n)) == NULL ||
-        (keep && ((xq = ob_new_typed(NPY_INT8, 2, dims, 0)) == NULL ||
-                  (sx = ob_new_typed(NPY_FLOAT, 1, dims, 0)) == NULL)) ||
+        (keep && ob_new_kept(m, self->k, &xq, &sx) < 0) ||
         ob_layer_lock(&call, self, keep) < 0) {
         Py_CLEAR(y);
         goto done;

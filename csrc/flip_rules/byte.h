@@ -13,17 +13,19 @@ vote_row_byte(const ob_vote_strip *s, size_t i, size_t n, const vf *u)
 }
 
 OB_INLINE uint64_t
-step_block_byte(const ob_flip_row *row, size_t strip)
+step_row_byte(const ob_flip_row *row)
 {
-    size_t first = strip * OB_STRIP, columns = OB_MIN(row->k - first, (size_t)OB_STRIP);
-    code_row codes = code_row_at(row->packed, row->k_steps, row->n, strip);
-    int8_t v[OB_STRIP] = {0};
     uint64_t moved = 0;
-    memcpy(v, (const int8_t *)row->residual + first, columns);
-    for (size_t j = 0; j < STRIP_VECTORS && j * LANES < columns; j++) {
-        vf t = vf_rint(vf_mul(vi_to_f32(vi_load_i8(v + j * LANES)), vf_set1(1.0f / 85.0f)));
-        moved += store_codes(&codes, j, OB_MIN(columns - j * LANES, (size_t)LANES),
-                             vi_add(vi_from_f32(t), vi_set1(1)));
+    for (size_t first = 0; first < row->k; first += OB_STRIP) {
+        size_t columns = OB_MIN(row->k - first, (size_t)OB_STRIP);
+        code_row codes = code_row_at(row->packed, row->k_steps, row->n, first / OB_STRIP);
+        int8_t v[OB_STRIP] = {0};
+        memcpy(v, (const int8_t *)row->residual + first, columns);
+        for (size_t j = 0; j < STRIP_VECTORS && j * LANES < columns; j++) {
+            vf t = vf_rint(vf_mul(vi_to_f32(vi_load_i8(v + j * LANES)), vf_set1(1.0f / 85.0f)));
+            moved += store_codes(&codes, j, OB_MIN(columns - j * LANES, (size_t)LANES),
+                                 vi_add(vi_from_f32(t), vi_set1(1)));
+        }
     }
     return moved;
 }

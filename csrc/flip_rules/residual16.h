@@ -23,21 +23,9 @@ vote_row_residual16(const ob_vote_strip *s, size_t i, size_t n, const vf *u)
 }
 
 OB_INLINE uint64_t
-step_block_residual16(const ob_flip_row *row, size_t strip)
+step_row_residual16(const ob_flip_row *row)
 {
-    int16_t *residual = row->residual;
-    size_t k0 = strip * OB_STRIP, end = OB_MIN(row->k, k0 + OB_STRIP);
-    uint64_t moved = 0;
-    for (size_t k = k0; k < end; k++) {
-        int e = residual[k], up = e > 0;
-        if (e <= 8192 && e >= -8192) {
-            continue;
-        }
-        uint64_t changed = move_code(row, k, up);
-        residual[k] = (int16_t)(changed ? (up ? e - 16384 : e + 16384) : (up ? 8192 : -8192));
-        moved += changed;
-    }
-    return moved;
+    return residual_flip(16, row);
 }
 
 #endif

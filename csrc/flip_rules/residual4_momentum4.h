@@ -11,14 +11,18 @@ vote_row_residual4_momentum4(const ob_vote_strip *s, size_t i, size_t n, const v
 }
 
 OB_INLINE uint64_t
-step_block_residual4_momentum4(const ob_flip_row *row, size_t strip)
+step_row_residual4_momentum4(const ob_flip_row *row)
 {
-    size_t first = strip * OB_STRIP;
-    vf m[STRIP_VECTORS];
-    momentum_of_block(4, row, strip, m);
-    code_row codes = code_row_at(row->packed, row->k_steps, row->n, strip);
-    return residual4_move((uint8_t *)row->residual + strip * (OB_STRIP / 2), &codes,
-                          OB_MIN(row->k - first, (size_t)OB_STRIP), m, row->step, row->rng, first);
+    uint64_t moved = 0;
+    for (size_t first = 0, strip = 0; first < row->k; first += OB_STRIP, strip++) {
+        vf m[STRIP_VECTORS];
+        momentum_of_block(4, row, strip, m);
+        code_row codes = code_row_at(row->packed, row->k_steps, row->n, strip);
+        moved +=
+            residual4_move((uint8_t *)row->residual + strip * (OB_STRIP / 2), &codes,
+                           OB_MIN(row->k - first, (size_t)OB_STRIP), m, row->step, row->rng, first);
+    }
+    return moved;
 }
 
 #endif

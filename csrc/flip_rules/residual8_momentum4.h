@@ -6,13 +6,15 @@
 #define OB_RULE_RESIDUAL8_MOMENTUM4_H
 
 OB_INLINE uint64_t
-residual8_momentum_step(int bits, const ob_flip_row *row, size_t strip)
+residual8_momentum_step(int bits, const ob_flip_row *row)
 {
-    size_t first = strip * OB_STRIP, columns = OB_MIN(row->k - first, (size_t)OB_STRIP);
-    vf m[STRIP_VECTORS];
-    momentum_of_block(bits, row, strip, m);
-    residual8_add((int8_t *)row->residual + first, columns, m, row->step, row->rng, first);
-    return residual8_flip(row, strip);
+    for (size_t first = 0; first < row->k; first += OB_STRIP) {
+        vf m[STRIP_VECTORS];
+        momentum_of_block(bits, row, first / OB_STRIP, m);
+        residual8_add((int8_t *)row->residual + first, OB_MIN(row->k - first, (size_t)OB_STRIP), m,
+                      row->step, row->rng, first);
+    }
+    return residual_flip(8, row);
 }
 
 OB_INLINE uint64_t
@@ -24,9 +26,9 @@ vote_row_residual8_momentum4(const ob_vote_strip *s, size_t i, size_t n, const v
 }
 
 OB_INLINE uint64_t
-step_block_residual8_momentum4(const ob_flip_row *row, size_t strip)
+step_row_residual8_momentum4(const ob_flip_row *row)
 {
-    return residual8_momentum_step(4, row, strip);
+    return residual8_momentum_step(4, row);
 }
 
 #endif

@@ -11,9 +11,9 @@ vote_row_residual8_momentum8(const ob_vote_strip *s, size_t i, size_t n, const v
 }
 
 OB_INLINE uint64_t
-step_block_residual8_momentum8(const ob_flip_row *row, size_t strip)
+step_row_residual8_momentum8(const ob_flip_row *row)
 {
-    return residual8_momentum_step(8, row, strip);
+    return residual8_momentum_step(8, row);
 }
 
 #endif

@@ -16,10 +16,9 @@ vote_row_stochastic(const ob_vote_strip *s, size_t i, size_t n, const vf *u)
 }
 
 OB_INLINE uint64_t
-step_block_stochastic(const ob_flip_row *row, size_t strip)
+step_row_stochastic(const ob_flip_row *row)
 {
     (void)row;
-    (void)strip;
     return 0;
 }
 

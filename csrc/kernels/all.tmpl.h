@@ -25,6 +25,8 @@
 
 #include "codes.tmpl.h"
 
+#include "absmean.tmpl.h"
+
 #include "trits.tmpl.h"
 
 #include "../flip_rules/momentum.h"
@@ -45,8 +47,6 @@
 
 #include "held.tmpl.h"
 
-#include "flip.tmpl.h"
-
 #define OB_TABLE_NAME_(isa) ob_kernels__##isa
 #define OB_TABLE_NAME(isa) OB_TABLE_NAME_(isa)
 #define OB_TEXT_(x) #x
@@ -61,6 +61,8 @@ const ob_kernels OB_TABLE_NAME(OB_ISA_NAME) = {
     .quantize_row_sr = quantize_row_sr,
     .column_absmax = column_absmax,
     .quantize_columns_sr = quantize_columns_sr,
+    .sum_rows = sum_rows,
+    .ternarize_row = ternarize_row,
     .dot_forward = dot_forward,
     .decode_trits = decode_trits,
     .decode_input_panel = decode_input_panel,
@@ -83,7 +85,7 @@ const ob_kernels OB_TABLE_NAME(OB_ISA_NAME) = {
         },
     .flip_row =
         {
-#define OB_RULE(name, residual_bits, momentum_bits, units, dead_zone) flip_row_##name,
+#define OB_RULE(name, residual_bits, momentum_bits, units, dead_zone) step_row_##name,
 #include "../flip_rules/rules.def"
 #undef OB_RULE
         },

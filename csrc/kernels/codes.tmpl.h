@@ -12,18 +12,15 @@ code_row_at(uint8_t *packed, size_t k_steps, size_t n, size_t strip)
     return row;
 }
 
-/* Move the code of column k of the row by one, up or down; 0 if it is at its bound. */
-OB_INLINE uint64_t
-move_code(const ob_flip_row *row, size_t k, int up)
+/* Move the code of column k of the row by sign, +-1; 0 if it is at its bound.  No branch: which codes can move is noise. */
+OB_INLINE int
+move_code(const ob_flip_row *row, size_t k, int sign)
 {
     uint8_t *byte = row->packed + ob_tile16_byte(row->k_steps, row->n, k);
     unsigned shift = ob_tile16_shift(k), code = (*byte >> shift) & 3u;
-    if (up ? code == 2 : code == 0) {
-        return 0;
-    }
-    code = up ? code + 1 : code - 1;
-    *byte = (uint8_t)((*byte & ~(3u << shift)) | (code << shift));
-    return 1;
+    int moves = code + (unsigned)sign <= 2u;
+    *byte = (uint8_t)(*byte + ((moves * sign) * (1 << shift)));
+    return moves;
 }
 
 /* Lane k of 16: byte kk = k % 4 of the dword, bits 2p with p = k / 4. */

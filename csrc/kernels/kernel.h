@@ -94,6 +94,11 @@ typedef struct ob_kernels {
                                 const float *sx, const float *inverse, const ob_rng_row *rng,
                                 int8_t *q, size_t ldq, int32_t *sums);
 
+    /* w (rows, K), rows <= 8: sums[r] = sequential double sum of |w_r|. */
+    void (*sum_rows)(ob_dtype dt, size_t rows, size_t k, const void *w, double *sums);
+    /* w (K,): codes 2 where w > half, 0 where w < -half, else 1; 16 columns in a dword, 256 bytes from one to the next. */
+    void (*ternarize_row)(ob_dtype dt, size_t k, const void *w, float half, uint8_t *packed);
+
     /* Strip `packed_strip` (k_steps, 4, 16, 4): acc[r][o] = sum_k T_ok x[r][k]; rows <= forward_rows. */
     void (*dot_forward)(size_t rows, size_t k_steps, const uint8_t *packed_strip, const int8_t *x,
                         size_t ldx, const int32_t *sum, ob_acc *acc);

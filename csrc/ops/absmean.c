@@ -7,58 +7,49 @@
 #include "../base/cpu.h"
 #include "../base/pool.h"
 #include "../formats/tile16.h"
+#include "../kernels/kernel.h"
 #include "ops.h"
 
+#define ROWS ((size_t)8) /* that are summed side by side */
+
 typedef struct absmean_call {
+    const ob_kernels *kernels;
     size_t n, k, k_steps;
     ob_dtype dt;
     const void *w;
     double *row_sum; /* (N,) */
-    float scale;
+    float half;      /* of the scale */
     uint8_t *packed;
 } absmean_call;
 
-static float
-weight_at(const absmean_call *c, size_t index)
+static const void *
+row_at(const absmean_call *c, size_t n)
 {
-    if (c->dt == OB_F32) {
-        return ((const float *)c->w)[index];
-    }
-    uint32_t bits = (uint32_t)((const uint16_t *)c->w)[index] << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
+    return (const char *)c->w + n * c->k * (c->dt == OB_F32 ? sizeof(float) : sizeof(uint16_t));
 }
 
 static void
-sum_row(void *arg, size_t n, size_t thread)
+sum_group(void *arg, size_t group, size_t thread)
 {
-    absmean_call *c = arg;
-    double sum = 0.0;
+    const absmean_call *c = arg;
+    size_t n = group * ROWS;
     (void)thread;
-    for (size_t k = 0; k < c->k; k++) {
-        sum += fabs((double)weight_at(c, n * c->k + k));
-    }
-    c->row_sum[n] = sum;
+    c->kernels->sum_rows(c->dt, OB_MIN(c->n - n, ROWS), c->k, row_at(c, n), c->row_sum + n);
 }
 
 /* One strip of 64 outputs; padding gets code 1, zero. */
 static void
 pack_strip(void *arg, size_t strip, size_t thread)
 {
-    absmean_call *c = arg;
-    uint8_t *plane = c->packed + strip * c->k_steps * 256;
-    size_t rows = OB_MIN(c->n - strip * 64, (size_t)64);
+    const absmean_call *c = arg;
+    size_t first = strip * 64, end = OB_MIN(c->n, first + 64);
     (void)thread;
-    memset(plane, 0x55, c->k_steps * 256);
-    for (size_t o = 0; o < rows; o++) {
-        for (size_t k = 0; k < c->k; k++) {
-            float q = weight_at(c, (strip * 64 + o) * c->k + k) / c->scale;
-            /* rint, half to even, clamped: +-0.5 goes to 0; code 1 becomes 2 or 0 */
-            unsigned change = q > 0.5f ? 3u : q < -0.5f ? 1u : 0u;
-            uint8_t *byte = plane + ob_tile16_byte(0, o, k);
-            *byte = (uint8_t)(*byte ^ change << ob_tile16_shift(k));
-        }
+    if (end < first + 64) {
+        memset(c->packed + ob_tile16_byte(c->k_steps, first, 0), 0x55, c->k_steps * 256);
+    }
+    for (size_t n = first; n < end; n++) {
+        c->kernels->ternarize_row(c->dt, c->k, row_at(c, n), c->half,
+                                  c->packed + ob_tile16_byte(c->k_steps, n, 0));
     }
 }
 
@@ -70,14 +61,19 @@ ob_absmean(size_t n, size_t k, ob_dtype dt, const void *w, uint8_t *packed, floa
     if (k > OB_MAX_K || !ob_mul(n, k, &count) || count > SIZE_MAX / 4) {
         return OB_OVERFLOW;
     }
-    absmean_call c = {
-        .n = n, .k = k, .k_steps = ob_padded_k(k) / 16, .dt = dt, .w = w, .packed = packed};
+    absmean_call c = {.kernels = ob_kernels_active(),
+                      .n = n,
+                      .k = k,
+                      .k_steps = ob_padded_k(k) / 16,
+                      .dt = dt,
+                      .w = w,
+                      .packed = packed};
     c.row_sum = ob_scratch_take(n * sizeof *c.row_sum);
     if (!c.row_sum) {
         return OB_NO_MEMORY;
     }
     uint64_t fp = ob_fp_default();
-    ob_parallel(n, sum_row, &c);
+    ob_parallel(OB_CEIL_DIV(n, ROWS), sum_group, &c);
     for (size_t i = 0; i < n; i++) {
         total += c.row_sum[i];
     }
@@ -87,8 +83,8 @@ ob_absmean(size_t n, size_t k, ob_dtype dt, const void *w, uint8_t *packed, floa
     if (!isfinite(total)) {
         return OB_INVALID;
     }
-    c.scale = mean > 1e-5f ? mean : 1e-5f;
+    *scale = mean > 1e-5f ? mean : 1e-5f;
+    c.half = *scale * 0.5f;
     ob_parallel(OB_CEIL_DIV(n, (size_t)64), pack_strip, &c);
-    *scale = c.scale;
     return OB_OK;
 }

@@ -1,50 +1,66 @@
-"""Inference without the dispatcher: a GEMV takes 40 us, and PyTorch's way to a Python operator as long.
-
-After a kernel that streams its weights through the caches, every call into torch costs microseconds: so there are few.
-"""
+"""BitLinear without the dispatcher: a GEMV takes 40 us, and PyTorch's way to a Python operator as long."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from onebit_ext import _core
-
-from . import ops
+from . import calls, ops
 
 if TYPE_CHECKING:
     from .nn import BitLinear
 
-Views = tuple[int, int, np.ndarray[Any, Any], np.ndarray[Any, Any]]  # addresses and arrays of codes and scale
+
+def views_of(layer: BitLinear) -> calls.Views:
+    """The arrays of a layer's tensors."""
+    if layer._views is None:
+        layer._views = {}
+    return layer._views
 
 
-def possible(x: Tensor) -> bool:
-    """True where nobody can tell a direct call from `onebit::linear`: plain CPU tensors, no gradient, and no compiler,
-    tracer, dispatch mode or transform that wants to see the operator."""
-    return (
-        type(x) is Tensor
-        and not torch.is_grad_enabled()
-        and x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and _get_current_dispatch_mode() is None
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-    )
+def inference(layer: BitLinear, x: Tensor) -> Tensor:
+    """x (..., K) float32|bfloat16 -> y (..., N) of x's dtype, no gradient."""
+    parameters, views = layer._parameters, views_of(layer)  # nn.Module looks everywhere else first
+    weight, scale = parameters.get("weight"), parameters.get("scale")
+    if weight is None or scale is None:  # parametrized
+        weight, scale = layer.weight, layer.scale
+    codes, factors = calls.kept(views, "weight", weight), calls.kept(views, "scale", scale)
+    rows = calls.array(x.contiguous())
+    if rows.shape[-1:] != (layer.in_features,):
+        layer.refuse_shape(x)
+    return calls.forward(rows, codes, factors, layer.bias, layer.out_features)
 
 
-def linear(layer: BitLinear, x: Tensor) -> Tensor:
-    """x (..., K) float32|bfloat16 -> y (..., N) of x's dtype."""
-    weight, scale, bias = layer.weight, layer.scale, layer.bias
-    views = layer._views
-    if views is None or views[0] != weight.data_ptr() or views[1] != scale.data_ptr():
-        views = layer._views = (weight.data_ptr(), scale.data_ptr(), ops.array(weight), ops.array(scale))
-    x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], layer.out_features))
-    offset = None if bias is None else ops.array(bias.float())
-    out = y.numpy() if y.dtype == torch.float32 else ops.array(y)
-    _core.linear_forward(ops.array(x), views[2], views[3], layer.out_features, offset, out=out)
-    return y
+class Linear(torch.autograd.Function):
+    """`onebit::linear` and its gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        out_features: int,
+        keep: bool,
+        control: Tensor,
+        planes: Sequence[Tensor],
+        position: Tensor | None,
+        views: calls.Views,
+    ) -> Tensor:
+        codes, factors = calls.kept(views, "weight", weight), calls.kept(views, "scale", scale)
+        arguments = (calls.array(x.contiguous()), codes, factors, bias, out_features)
+        y, xq, sx = calls.forward_keeping(*arguments) if keep else (calls.forward(*arguments), None, None)
+        ops.remember(ctx, x, weight, scale, bias, control, planes, position, xq, sx, views)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+        if dy is None:
+            return (None,) * 10
+        need_x, _, need_scale, need_bias = ctx.needs_input_grad[:4]
+        dx, ds, db = ops.linear_backward(ctx, dy, need_x, need_scale, need_bias)
+        return dx, None, ds, db, None, None, None, None, None, None

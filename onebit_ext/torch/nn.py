@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from onebit_ext import _core
 
-from . import direct, ops
+from . import calls, direct, ops
 from .dense import dense_linear
 
 _ids = itertools.count()
@@ -107,7 +107,7 @@ class BitLinear(nn.Module):
         self._sync: Callable[[], None] | None = None  # brings the learning rate of a foreign optimizer
         self._auto: Callable[[], Any] | None = None  # weakref of the AutoFlip that owns the layer
         self._start: Tensor | None = None  # int8 (N, K), 1/128 cell: where the residual of the next optimizer begins
-        self._views: direct.Views | None = None  # of codes and scale, kept by direct calls
+        self._views: calls.Views | None = None  # arrays of codes, scale and planes, kept by direct calls
         self._inverse: Tensor | None = None  # weight_scale as loaded, kept verbatim until s changes
         self._register()
 
@@ -151,33 +151,39 @@ class BitLinear(nn.Module):
     # ------------------------------------------------------------------ using
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) float32 or bfloat16 -> (..., N) of the same dtype, or of autocast's."""
-        kind = x.device.type
+        plain = calls.plain(x)
+        kind = "cpu" if plain else x.device.type
         if torch.is_autocast_enabled(kind):  # custom ops are not autocast
             x = x.to(torch.get_autocast_dtype(kind))
         if x.dtype not in (torch.float32, torch.bfloat16):
             raise TypeError(f"BitLinear: input must be float32 or bfloat16, got {x.dtype}")
-        if x.ndim == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(f"BitLinear: input must be of shape (..., {self.in_features}), got {tuple(x.shape)}")
         if self._sync is not None and not torch.compiler.is_compiling():
             self._sync()
-        if direct.possible(x):
-            return direct.linear(self, x)
+        if plain and not torch.is_grad_enabled():
+            return direct.inference(self, x)
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            self.refuse_shape(x)
+        weight, scale = self.weight, self.scale
         planes: list[Tensor] = []
         control, position = self.control, None
-        trains = self.scale.requires_grad
+        trains = scale.requires_grad
         keep = trains and torch.is_grad_enabled()
         if trains and self.training and not ops.votes_suspended():
             if self._latent is not None and keep:
-                return dense_linear(x, self.weight, self.scale, self.bias, self._latent, control)[0]
+                return dense_linear(x, weight, scale, self.bias, self._latent, control)[0]
             if self._planes is not None:
                 planes = plane_list(self._planes)
                 control = self._planes["control"]
                 position = ops.position_of(control) if self._moves and keep else None
-        return ops.linear(x, self.weight, self.scale, self.bias, self.out_features, keep, control, planes, position)[0]
+        arguments = (x, weight, scale, self.bias, self.out_features, keep, control, planes, position)
+        return direct.Linear.apply(*arguments, direct.views_of(self)) if plain else ops.linear(*arguments)[0]
+
+    def refuse_shape(self, x: Tensor) -> None:
+        raise ValueError(f"BitLinear: input must be of shape (..., {self.in_features}), got {tuple(x.shape)}")
 
     def attach(self, planes: dict[str, Tensor] | None, rule: str | None = None) -> None:
         """For optimizers: vote by `rule` into these planes, which stay the optimizer's, or into none."""
-        self._planes, self._latent = planes, None
+        self._planes, self._latent, self._views = planes, None, None
         self._moves = rule in _core.RULES_MOVING_IN_VOTE and planes is not None and "votes" not in planes
 
     def codes(self) -> Tensor:

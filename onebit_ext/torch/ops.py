@@ -6,64 +6,19 @@ votes.  A forward op has no side effect; what the backward writes (planes, contr
 through ops that say so.
 """
 
-import contextlib
-import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from onebit_ext import _core
 
-from . import ranks
+from . import calls, ranks
+from .calls import CONTROL, PLANES, Views, array, kept, no_votes, plain, plane_arrays, votes_suspended
 
-CONTROL = _core.CONTROL
-PLANES = (
-    *dict.fromkeys(name for rule in _core.RULES for name in _core.plane_specs(1, 1, rule) if name != "control"),
-    "votes",  # optional with every rule
-)
-MICRO_LIMIT = 16384  # micro-batches without a step(): 1024 accumulated batches of a layer used 16 times
-
-_suspended = 0
-
-
-@contextlib.contextmanager
-def no_votes() -> Iterator[None]:
-    """Forwards and backwards inside this context cast no votes (saliency, `torch.autograd.grad`); process-wide."""
-    global _suspended
-    _suspended += 1
-    try:
-        yield
-    finally:
-        _suspended -= 1
-
-
-def votes_suspended() -> bool:
-    """True inside `no_votes()`."""
-    return _suspended > 0
-
-
-def array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """Zero-copy NumPy view of a CPU tensor; bfloat16 as its raw uint16 bits."""
-    tensor = tensor.detach()
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-@functools.cache
-def _plane_names(rule: int, count: int) -> tuple[str, ...]:
-    """Names of `count` planes of a rule; one more than it needs is a vote plane."""
-    names = _core.plane_specs(1, 1, _core.RULES[rule])
-    return tuple(name for name in PLANES if name in names or (name == "votes" and count == len(names)))
-
-
-def plane_arrays(control: Tensor, planes: Sequence[Tensor]) -> dict[str, np.ndarray[Any, Any]]:
-    """The planes as `_core` takes them, views."""
-    fields = array(control)
-    names = _plane_names(int(fields[CONTROL["rule"]]), len(planes))
-    return {name: array(plane) for name, plane in zip(names, planes, strict=True)} | {"control": fields}
+__all__ = ["CONTROL", "PLANES", "array", "no_votes", "plane_arrays", "votes_suspended"]
 
 
 def as_rows(tensor: Tensor) -> Tensor:
@@ -92,21 +47,10 @@ def linear(
     xq and sx are empty unless `keep`.  `control`, `planes` and `position` are not read: they are what the backward
     votes into, and, for a rule that moves codes in votes, `position_of(control)` now, as the codes may move until then.
     """
-    rows = as_rows(x)
-    y, xq, sx = linear_outputs(x, out_features, keep)
-    offset = None if bias is None else array(bias.float())
-    kept = (array(xq), array(sx)) if keep else (None, None)
-    _core.linear_forward(
-        array(rows),
-        array(weight),
-        array(scale),
-        out_features,
-        offset,
-        out=array(y.view(rows.shape[0], out_features)),
-        xq=kept[0],
-        sx=kept[1],
-    )
-    return y, xq, sx
+    arguments = (array(x.contiguous()), array(weight), array(scale), bias, out_features)
+    if keep:
+        return calls.forward_keeping(*arguments)
+    return calls.forward(*arguments), *linear_outputs(x, out_features, False)[1:]
 
 
 def linear_outputs(x: Tensor, out_features: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,13 +68,7 @@ def _(x, weight, scale, bias, out_features, keep, control, planes, position):
 @torch.library.custom_op("onebit::linear_backward_input", mutates_args=(), device_types="cpu")
 def linear_backward_input(dy: Tensor, weight: Tensor, scale: Tensor, control: Tensor, in_features: int) -> Tensor:
     """dy (..., N) -> dx (..., K), stochastically rounded at control's position; a non-finite token gives NaN."""
-    rows = as_rows(dy)
-    dx = dy.new_empty((*dy.shape[:-1], in_features))
-    out = array(dx.view(rows.shape[0], in_features))
-    position = array(control.clone())  # the C function notes a non-finite gradient in it; votes do that here
-    position[CONTROL["micro"]] += ranks.first_micro()
-    _core.linear_backward_input(array(rows), array(weight), array(scale), in_features, position, out=out)
-    return dx
+    return calls.backward_input(dy, array(weight), array(scale), array(control), in_features)
 
 
 @linear_backward_input.register_fake
@@ -159,7 +97,8 @@ def vote(
 
     Without planes it gives ds and db alone, and moves control's random position on.
     """
-    return _vote(dy, xq, sx, weight, scale, in_features, control, planes, want_bias)
+    arrays = plane_arrays(control, planes) if planes else {"control": array(control)}
+    return calls.vote(dy, array(xq), array(sx), array(weight), array(scale), in_features, arrays, want_bias)
 
 
 @torch.library.custom_op("onebit::vote_codes", mutates_args=("weight", "control", "planes"), device_types="cpu")
@@ -179,58 +118,18 @@ def vote_codes(
 
     RuntimeError if they have moved since the forward, which saw them at `position` (see `position_of`).
     """
+    check_position(position, control)
+    arrays = plane_arrays(control, planes)
+    return calls.vote(dy, array(xq), array(sx), array(weight), array(scale), in_features, arrays, want_bias)
+
+
+def check_position(position: Tensor, control: Tensor) -> None:
     if not torch.equal(position, position_of(control)):
         rule = _core.RULES[int(array(control)[CONTROL["rule"]])]
         raise RuntimeError(
             f"onebit::vote_codes: rule {rule!r} moves codes in the backward, and it did between this forward and its "
             "backward: use such a layer once between two backwards, or train it with residual_bits=8"
         )
-    return _vote(dy, xq, sx, weight, scale, in_features, control, planes, want_bias)
-
-
-def _vote(
-    dy: Tensor,
-    xq: Tensor,
-    sx: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    in_features: int,
-    control: Tensor,
-    planes: Sequence[Tensor],
-    want_bias: bool,
-) -> tuple[Tensor, Tensor]:
-    rows = as_rows(dy)
-    ds = torch.zeros_like(scale)
-    db = dy.new_zeros((dy.shape[-1] if want_bias else 0,), dtype=torch.float32)
-    state = array(control)
-    if planes and state[CONTROL["micro"]] >= MICRO_LIMIT:
-        raise RuntimeError(
-            f"onebit::vote: {MICRO_LIMIT} micro-batches voted and no optimizer step used them; does the optimizer that "
-            "steps own this layer's scale?"
-        )
-    voting = bool(planes) and not votes_suspended()
-    first = ranks.first_micro()
-    state[CONTROL["micro"]] += first
-    try:
-        _core.vote(
-            array(rows),
-            array(xq),
-            array(sx),
-            array(weight),
-            array(scale),
-            in_features,
-            plane_arrays(control, planes) if voting else None,
-            control=None if voting else state,
-            ds=array(ds),
-            db=array(db) if want_bias else None,
-        )
-    finally:
-        state[CONTROL["micro"]] -= first
-    if voting:
-        ranks.voted()
-    if not planes:
-        state[CONTROL["micro"]] += 1
-    return ds, db
 
 
 def _vote_outputs(dy, xq, sx, weight, scale, in_features, control, planes, want_bias, position=None):
@@ -243,11 +142,27 @@ vote_codes.register_fake(_vote_outputs)
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, weight, scale, bias, _, _, control, planes, position = inputs
-    _, xq, sx = output
-    ctx.mark_non_differentiable(xq, sx)
+    ctx.mark_non_differentiable(*output[1:])
+    remember(ctx, x, weight, scale, bias, control, planes, position, *output[1:])
+
+
+def remember(
+    ctx: Any,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    control: Tensor,
+    planes: Sequence[Tensor],
+    position: Tensor | None,
+    xq: Tensor | None,
+    sx: Tensor | None,
+    views: Views | None = None,
+) -> None:
+    """What `linear_backward` needs of a forward."""
     ctx.set_materialize_grads(False)
     # What the backward writes: saved the usual way, autograd would refuse the second backward of a step.
-    ctx.control, ctx.planes, ctx.position = control, planes, position
+    ctx.control, ctx.planes, ctx.position, ctx.views = control, planes, position, views
     ctx.codes = None if position is None else weight
     ctx.save_for_backward(*([] if position is not None else [weight]), scale, xq, sx)
     ctx.in_features = x.shape[-1]
@@ -259,24 +174,44 @@ def refuse_double_backward() -> None:
         raise RuntimeError("onebit: double backward (create_graph=True) is not defined: votes have no gradient")
 
 
+def linear_backward(
+    ctx: Any, dy: Tensor, need_x: bool, need_scale: bool, need_bias: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, ds, db and the votes, by the operators or, where nobody can tell, by the C calls."""
+    refuse_double_backward()
+    *saved, scale, xq, sx = ctx.saved_tensors
+    weight = ctx.codes if ctx.position is not None else saved[0]
+    control, planes, views, k = ctx.control, ctx.planes, ctx.views, ctx.in_features
+    dx = ds = db = None
+    if plain(dy):
+        codes, factors = kept(views, "weight", weight), kept(views, "scale", scale)
+        arrays = plane_arrays(control, planes, views) if planes else {"control": kept(views, "control", control)}
+        if need_x:  # before the votes: they move control's random position on
+            dx = calls.backward_input(dy, codes, factors, arrays["control"], k)
+        if need_scale:
+            if ctx.position is not None:
+                check_position(ctx.position, control)
+                torch.autograd.graph.increment_version(weight)
+            ds, db = calls.vote(dy, array(xq), array(sx), codes, factors, k, arrays, need_bias)
+    else:
+        if need_x:
+            dx = linear_backward_input(dy, weight, scale, control, k)
+        if need_scale:
+            arguments = (dy, xq, sx, weight, scale, k, control, planes, need_bias)
+            ds, db = vote(*arguments) if ctx.position is None else vote_codes(*arguments, ctx.position)
+    if not need_scale:
+        control.narrow(0, CONTROL["micro"], 1).add_(1.0)
+        db = as_rows(dy).sum(0, dtype=torch.float32) if need_bias else None
+    return dx, ds, db.to(ctx.bias_dtype) if db is not None and need_bias else None
+
+
 def _linear_backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     none = [None] * len(ctx.planes)
     if dy is None:
         return (None, None, None, None, None, None, None, none, None)
-    refuse_double_backward()
-    *saved, scale, xq, sx = ctx.saved_tensors
-    weight = ctx.codes if ctx.position is not None else saved[0]
     need_x, _, need_scale, need_bias = ctx.needs_input_grad[:4]
-    dx = ds = None
-    if need_x:  # before the votes: they move control's random position on
-        dx = linear_backward_input(dy, weight, scale, ctx.control, ctx.in_features)
-    if need_scale:
-        arguments = (dy, xq, sx, weight, scale, ctx.in_features, ctx.control, ctx.planes, need_bias)
-        ds, db = vote(*arguments) if ctx.position is None else vote_codes(*arguments, ctx.position)
-    else:
-        ctx.control.narrow(0, CONTROL["micro"], 1).add_(1.0)
-        db = as_rows(dy).sum(0, dtype=torch.float32)
-    return dx, None, ds, db.to(ctx.bias_dtype) if need_bias else None, None, None, None, none, None
+    dx, ds, db = linear_backward(ctx, dy, need_x, need_scale, need_bias)
+    return dx, None, ds, db, None, None, None, none, None
 
 
 linear.register_autograd(_linear_backward, setup_context=_linear_setup)

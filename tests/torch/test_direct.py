@@ -1,4 +1,4 @@
-"""Inference beside the dispatcher gives the operator's bits, and steps aside for whoever wants to see the operator."""
+"""Calls beside the dispatcher give the operator's bits, and step aside for whoever wants to see the operator."""
 
 import copy
 import pickle
@@ -8,7 +8,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from onebit_ext.torch import BitLinear, direct, ops
+from onebit_ext import _core
+from onebit_ext.torch import BitLinear, FlipOptimizer, calls, no_votes, ops
 
 
 def make(n: int, k: int, bias: torch.dtype | None, scale: str) -> BitLinear:
@@ -28,19 +29,85 @@ def test_the_operators_bits(dtype: torch.dtype, shape: tuple[int, ...], bias: to
     wanted, _, _ = ops.linear(x, layer.weight, layer.scale, layer.bias, 70, False, layer.control, [], None)
     for context in (torch.no_grad, torch.inference_mode):
         with context():
-            assert direct.possible(x)
+            assert calls.plain(x)
             y = layer(x)
         assert y.dtype == dtype and not y.requires_grad
         assert torch.equal(y.view(torch.int16), wanted.view(torch.int16))
 
 
-def test_a_call_without_gradient_does_not_reach_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x = make(64, 64, None, "tensor"), torch.randn(3, 64)
+def trained(rule: str, direct_calls: bool, monkeypatch: pytest.MonkeyPatch, **options: bool) -> dict[str, torch.Tensor]:
+    """Every bit of two layers in a row after 3 steps of 2 micro-batches, the last in bfloat16, by the C calls or by the
+    operators."""
+    monkeypatch.setattr(calls, "plain", calls.plain if direct_calls else lambda x: False)
+    monkeypatch.setattr(ops, "plain", calls.plain)
+    net = torch.nn.Sequential(make(70, 37, torch.bfloat16, "row"), make(20, 70, torch.float32, "tensor"))
+    optimizer = FlipOptimizer(net, lr=0.1, rule=rule, seed=3, **options)
+    found = {}
+    for step in range(3):
+        for micro in range(2):
+            torch.manual_seed(10 * step + micro)
+            x = torch.randn(2, 3, 37).to(torch.bfloat16 if micro else torch.float32).requires_grad_()
+            y = net(x)
+            y.backward(torch.randn_like(y))
+            found |= {f"y {step} {micro}": y.detach(), f"dx {step} {micro}": x.grad}
+            with no_votes():
+                net(x).sum().backward()
+        found |= {f"{name} {step}": p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+        optimizer.step()
+        optimizer.zero_grad()
+    for layer in net:
+        found |= {f"{layer} {name}": tensor for name, tensor in optimizer.state[layer.weight].items()}
+        found[f"{layer} codes"] = layer.codes()
+    return found
+
+
+@pytest.mark.parametrize("vote_plane", [False, True])
+@pytest.mark.parametrize("rule", _core.RULES)
+def test_training_gives_the_operators_bits(rule: str, vote_plane: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        wanted = trained(rule, False, patch, vote_plane=vote_plane)
     monkeypatch.setattr(ops, "linear", None)
+    monkeypatch.setattr(ops, "vote", None)
+    monkeypatch.setattr(ops, "linear_backward_input", None)
+    got = trained(rule, True, monkeypatch, vote_plane=vote_plane)
+    assert wanted.keys() == got.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(tensor.view(torch.uint8), got[name].view(torch.uint8)), name
+
+
+def test_a_frozen_layer_gives_the_operators_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    results, original = [], make(70, 37, torch.float32, "tensor")
+    original.scale.requires_grad_(False)
+    for plain in (calls.plain, lambda x: False):
+        monkeypatch.setattr(calls, "plain", plain)
+        monkeypatch.setattr(ops, "plain", plain)
+        layer = copy.deepcopy(original)
+        torch.manual_seed(1)
+        x = torch.randn(5, 37, requires_grad=True)
+        for _ in range(2):
+            layer(x).square().sum().backward()
+        results.append((x.grad, layer.bias.grad, layer.control))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_moved_codes_are_an_error_beside_the_dispatcher_too() -> None:
+    layer = make(64, 64, None, "tensor")
+    optimizer = FlipOptimizer(layer, lr=0.1, rule="residual4")
+    layer(torch.randn(3, 64)).sum().backward()
+    optimizer.step()
+    y = layer(torch.randn(3, 64))
+    layer(torch.randn(3, 64)).sum().backward()
+    with pytest.raises(RuntimeError, match="moves codes in the backward"):
+        y.sum().backward()
+
+
+def test_plain_calls_do_not_reach_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = make(64, 64, None, "tensor"), torch.randn(3, 64)
+    for name in ("linear", "vote", "linear_backward_input"):
+        monkeypatch.setattr(ops, name, None)
     with torch.no_grad():
         layer(x)
-    with pytest.raises(TypeError):
-        layer(x)
+    layer(x).sum().backward()
 
 
 class Log(TorchDispatchMode):
@@ -69,17 +136,20 @@ def test_it_steps_aside() -> None:
             RuntimeError, match="Batching rule not implemented for onebit::linear"
         ):  # no rule for it: an error, not a wrong answer
             torch.vmap(layer)(x)
-    assert not direct.possible(x)  # gradients are on
+    x.requires_grad_()
+    with Log() as log:
+        layer(x).sum().backward()
+    assert {"onebit.linear.default", "onebit.vote.default", "onebit.linear_backward_input.default"} <= {*log.names}
 
 
 def test_only_plain_tensors_outside_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, 64)
     with torch.no_grad():
-        assert direct.possible(x)
-        assert not direct.possible(torch.nn.Parameter(x))
-        assert not direct.possible(x.to("meta"))
+        assert calls.plain(x)
+        assert not calls.plain(torch.nn.Parameter(x))
+        assert not calls.plain(x.to("meta"))
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-        assert not direct.possible(x)
+        assert not calls.plain(x)
 
 
 def test_new_memory_is_noticed() -> None:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchkit import net
 
 import onebit_ext.torch as ot
-from onebit_ext.torch import BitLinear, FlipOptimizer, ops
+from onebit_ext.torch import BitLinear, FlipOptimizer, calls, ops
 
 
 def to_numpy(tensor: Tensor) -> Any:
@@ -281,7 +281,7 @@ def test_no_votes() -> None:
 
 
 def test_votes_that_nobody_uses_raise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "MICRO_LIMIT", 3)
+    monkeypatch.setattr(calls, "MICRO_LIMIT", 3)
     model = net()
     FlipOptimizer(model)
     x = torch.randn(3, 20)

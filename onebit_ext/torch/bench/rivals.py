@@ -24,6 +24,8 @@ DTYPES = {"torch f32": torch.float32, "torch bf16": torch.bfloat16}
 class Rivals:
     """Makes contenders; torch's thread count is the caller's business (`set_threads`)."""
 
+    no_grad = torch.no_grad
+
     @staticmethod
     def set_threads(threads: int) -> None:
         torch.set_num_threads(threads)
@@ -68,14 +70,15 @@ class Rivals:
             yield Contender(name, run, {"MAC": 3.0 * x.shape[0] * codes.size})
 
     @staticmethod
-    def bitlinear(x: Array, dy: Array, packed: Array, training: bool) -> Callable[[], None]:
-        """Our own module on the same codes in the same memory: the forward without gradients, or forward and backward
-        with an optimizer attached."""
+    def bitlinear(x: Array, dy: Array, packed: Array, training: bool) -> Callable[[], object]:
+        """Our own module on the same codes in the same memory: the forward, to be run in `no_grad`, or forward and
+        backward with an optimizer attached."""
         shape = (dy.shape[1], x.shape[1])
         layer = BitLinear.from_packed(torch.from_numpy(packed), torch.tensor([0.02]), shape)
         inputs, gradient = torch.from_numpy(x), torch.from_numpy(dy)
         if not training:
-            return _each(lambda module: module(inputs), [layer.eval()])
+            layer.eval()
+            return lambda: layer(inputs)
         optimizer = FlipOptimizer(layer.parameters(), lr=0.02)
         train = _training(layer, inputs, gradient)
         train()
