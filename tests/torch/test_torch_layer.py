@@ -91,7 +91,7 @@ def test_training_is_the_oracle(dtype: torch.dtype, recipe: str, rows: bool) -> 
         for name, want in planes.items():
             got = to_numpy(optimizer.state[layer.weight][name])
             assert np.array_equal(got.view(want.dtype), want), name
-    assert moved > 100
+    assert moved > 10
 
 
 class Calls(TorchDispatchMode):
