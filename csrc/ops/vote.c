@@ -15,6 +15,25 @@
 
 enum { ROW_BLOCK = 256 };
 
+/* Ask for what the votes of rows first .. end-1 will touch: lines a whole row apart, which no hardware foresees. */
+static void
+prefetch_rows(const ob_planes *planes, const ob_vote_strip *strip, size_t first, size_t end)
+{
+    size_t bits = strip->held ? 16 : (size_t)ob_rule_residual_bits(planes->rule);
+    size_t row = strip->held ? 2 * strip->k : ob_rule_residual_row_bytes(planes->rule, strip->k);
+    const char *at = strip->held ? (const char *)strip->held : strip->residual;
+    for (size_t i = first; bits && i < end; i++) {
+        const char *line = at + i * row + 8 * bits * strip->strip;
+        __builtin_prefetch(line, 1);
+        __builtin_prefetch(line + (bits * strip->columns - 1) / 8, 1);
+    }
+    for (size_t i = first; strip->momentum && !strip->held && i < end; i++) {
+        size_t block = 8 * (size_t)ob_rule_momentum_bits(planes->rule);
+        __builtin_prefetch(strip->momentum + (i * strip->strips + strip->strip) * block, 1);
+        __builtin_prefetch(strip->momentum_scale + i * strip->strips + strip->strip, 1);
+    }
+}
+
 static void
 vote_strip(void *arg, size_t task, size_t thread)
 {
@@ -63,6 +82,9 @@ vote_strip(void *arg, size_t task, size_t thread)
     for (size_t i = block * ROW_BLOCK, rows; i < end; i += rows) {
         ob_acc acc[OB_MAX_ROWS];
         rows = OB_MIN(end - i, v->kernels->weight_rows);
+        if (strip.votes) {
+            prefetch_rows(v->planes, &strip, i, i + rows);
+        }
         v->kernels->dot_weight(rows, v->m_padded, panel, v->hq + i * v->m_padded, v->m_padded,
                                v->h_sum + i, acc);
         (strip.held ? v->kernels->hold_tile : v->kernels->vote_tile[rule])(&strip, i, rows,
