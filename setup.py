@@ -28,6 +28,7 @@ ISA_FLAGS_OF = {
             *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
             "-mprefer-vector-width=512",
         ],
+        "isa/trits_avx512vbmi.c": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mavx512vbmi"],
     },
     "aarch64": {
         # gcc schedules for AArch64 before it allocates registers, and then spills up to 76 sums of a tile

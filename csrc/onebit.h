@@ -19,7 +19,7 @@ typedef enum ob_status {
     OB_NO_MEMORY,     /* an allocation failed */
     OB_OVERFLOW,      /* a size does not fit (see OB_MAX_K) */
     OB_INVALID,       /* an argument outside its domain */
-    OB_RESERVED_CODE, /* a 2-bit code 3, which stands for no ternary value */
+    OB_RESERVED_CODE, /* bits that stand for no ternary value */
     OB_UNSUPPORTED    /* this build or machine cannot do it */
 } ob_status;
 
@@ -31,6 +31,14 @@ typedef enum ob_dtype { OB_F32 = 0, OB_BF16 = 1 } ob_dtype; /* bf16 = upper half
 #define OB_MAX_K 16909320u /* K * 127 fits int32 */
 #define OB_TOKENS_PER_VOTE \
     65536u /* M * 127 * 127 fits int32; longer batches are cut into micro-batches of this */
+
+/* Packings: one name per line of formats/formats.def.  Kernels read two of them: tile16, and trits5 forward only. */
+typedef enum ob_format_id {
+#define OB_FORMAT(name) OB_FORMAT_##name,
+#include "formats/formats.def"
+#undef OB_FORMAT
+    OB_FORMAT_COUNT
+} ob_format_id;
 
 /* Flip rules: one name per line of flip_rules/rules.def, numbered in its order, which therefore only grows at its end. */
 typedef enum ob_rule {
@@ -83,9 +91,10 @@ enum ob_control {
 typedef struct ob_weights {
     const uint8_t *packed; /* tile16 (ceil(N/64), ceil(K/16), 4, 16, 4), 64-byte aligned */
     size_t n, k;
-    const float *scale; /* (scale_len,) */
-    size_t scale_len;   /* 1 or n */
-    const float *bias;  /* (n,) or NULL */
+    const float *scale;   /* (scale_len,) */
+    size_t scale_len;     /* 1 or n */
+    const float *bias;    /* (n,) or NULL */
+    ob_format_id packing; /* of packed; trits5 (.., ceil(K/20), 4, 16, 4): forward only */
 } ob_weights;
 
 typedef struct
@@ -121,7 +130,8 @@ size_t ob_padded_k(size_t k);
 /* y (M,N) = (xq . T^T) * (sx * s_n) + b_n;  x, y (M,K), (M,N) of type dt.
  * Per token absmax: a = max(|x|_inf, 1e-5), xq = clamp(rint(x * (127/a)), +-127), sx = a/127.
  * xq (M, ob_padded_k(K)) and sx (M,) are written for the backward; pass NULL for both to keep nothing.
- * A token with a non-finite entry: xq = 0, sx = NaN, y = NaN. */
+ * A token with a non-finite entry: xq = 0, sx = NaN, y = NaN.  The same bits from both packings; the other functions
+ * below refuse trits5 with OB_UNSUPPORTED. */
 ob_status ob_linear_forward(const ob_weights *w, size_t m, ob_dtype dt, const void *x, void *y,
                             int8_t *xq, float *sx);
 
@@ -180,14 +190,7 @@ void ob_random_codes(size_t n, size_t k, uint64_t seed, uint8_t *packed);
 ob_status ob_average_residuals(size_t ranks, size_t share, int bytes, const void *parts,
                                size_t first, size_t columns, const double *control, void *mean);
 
-/* ------------------------------------------------------------------ formats (one name per line of formats/formats.def) */
-typedef enum ob_format_id {
-#define OB_FORMAT(name) OB_FORMAT_##name,
-#include "formats/formats.def"
-#undef OB_FORMAT
-    OB_FORMAT_COUNT
-} ob_format_id;
-
+/* ------------------------------------------------------------------ formats */
 const char *ob_format_name(ob_format_id id);
 ob_status ob_format_bytes(ob_format_id id, size_t n, size_t k,
                           size_t *bytes); /* OB_INVALID: shape not representable */

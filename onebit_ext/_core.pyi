@@ -27,6 +27,7 @@ def linear_forward(
     out: Array | None = None,
     xq: Array | None = None,
     sx: Array | None = None,
+    packing: str = "tile16",
 ) -> Array: ...
 def linear_backward_input(
     dy: Array, packed: Array, scale: Array, in_features: int, control: Array, *, out: Array | None = None
@@ -121,6 +122,7 @@ class reference:
         out: Array | None = None,
         xq: Array | None = None,
         sx: Array | None = None,
+        packing: str = "tile16",
     ) -> Array: ...
     @staticmethod
     def linear_backward_input(
@@ -158,6 +160,8 @@ class TernaryLinear:
     @property
     def out_features(self) -> int: ...
     @property
+    def packing(self) -> str: ...
+    @property
     def packed(self) -> Array: ...
     @property
     def scale(self) -> Array: ...
@@ -172,19 +176,33 @@ class TernaryLinear:
     @property
     def residual(self) -> Array | None: ...
     def __init__(
-        self, in_features: int, out_features: int, scale: str = "tensor", bias: bool = False, seed: int = 0
+        self,
+        in_features: int,
+        out_features: int,
+        scale: str = "tensor",
+        bias: bool = False,
+        seed: int = 0,
+        packing: str = "tile16",
     ) -> None: ...
     @classmethod
-    def from_float(cls, w: Array, bias: Array | None = None) -> TernaryLinear: ...
+    def from_float(cls, w: Array, bias: Array | None = None, packing: str = "tile16") -> TernaryLinear: ...
     @classmethod
-    def from_codes(cls, codes: Array, scale: float | Array, bias: Array | None = None) -> TernaryLinear: ...
+    def from_codes(
+        cls, codes: Array, scale: float | Array, bias: Array | None = None, packing: str = "tile16"
+    ) -> TernaryLinear: ...
     @classmethod
     def from_packed(
-        cls, packed: Array, scale: float | Array, shape: tuple[int, int], bias: Array | None = None
+        cls,
+        packed: Array,
+        scale: float | Array,
+        shape: tuple[int, int],
+        bias: Array | None = None,
+        packing: str = "tile16",
     ) -> TernaryLinear: ...
     def forward(self, x: Array, keep: bool = True) -> Array: ...
     def backward(self, dy: Array, input_grad: bool = True) -> Array: ...  # None without input_grad
     def codes(self) -> Array: ...
+    def repack(self, packing: str) -> TernaryLinear: ...
 
 @final
 class FlipOptimizer:

@@ -75,6 +75,9 @@ def save(
 
 
 def _layer_tensors(layers: Mapping[str, TernaryLinear], training: bool) -> dict[str, Array]:
+    for name, layer in layers.items():
+        if layer.packing != "tile16":
+            raise ValueError(f"save(): layer {name!r} is packed as {layer.packing}: save its repack('tile16')")
     kinds = ("packed", "scale", "bias") + (("scale_grad", "bias_grad") if training else ())
     found = {f"layers.{name}.{kind}": getattr(layer, kind) for name, layer in layers.items() for kind in kinds}
     return {name: array for name, array in found.items() if array is not None}

@@ -10,6 +10,9 @@ Block-cyclic training (stripes G): planes for every G-th row only, one stripe of
 other; `FlipOptimizer.rotate` goes on to the next.  Rules with less than 8 bits and no momentum move
 codes in the backward, so no other backward of a layer may come between its forward and its
 backward.
+
+With vote_plane=True the votes of a step meet in an int16 plane first and count as one vote in
+step(), by any rule: micro-batches then train as one batch, and no code moves in a backward.
 """
 
 from collections.abc import Iterable, Iterator

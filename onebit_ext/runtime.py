@@ -49,6 +49,7 @@ def kernels() -> list[dict[str, Any]]:
         common = {"isa": entry["name"], "supported": entry["supported"], "active": entry["active"], "exact": True}
         forward, backward, vote = entry["tiles"]
         rows.append({"op": "forward", "format": "tile16", "rule": None, "tile_rows": forward, **common})
+        rows.append({"op": "forward", "format": "trits5", "rule": None, "tile_rows": forward, **common})
         rows.append({"op": "backward_input", "format": "tile16", "rule": None, "tile_rows": backward, **common})
         for rule in RULES:
             rows.append({"op": "vote", "format": "tile16", "rule": rule, "tile_rows": vote, **common})

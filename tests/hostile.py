@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -41,6 +42,7 @@ class Number:
 
 
 Text, Flag, Pair, Betas, Planes, Content = "text", "flag", "pair", "betas", "planes", "content"
+TritsPair = "pair of trits5"  # whose columns are padded to 20, so that K + 1 fits too
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ def text_cases(argument: str) -> Iterator[Case]:
         yield Case(argument, f"value {value[:9]!r}", put(argument, value), (ValueError,))
 
 
-def pair_cases(argument: str) -> Iterator[Case]:
+def pair_cases(argument: str, more: int = 1) -> Iterator[Case]:
     for value in (
         None,
         5,
@@ -237,9 +239,11 @@ def pair_cases(argument: str) -> Iterator[Case]:
         (HUGE, 1),
         (_core.MAX_K + 1, 1),
         (N + 1, K),
-        (N, K + 1),
+        (N, K + more),
     ):
-        yield Case(argument, "value", put(argument, value), (ValueError,), named=value not in ((N + 1, K), (N, K + 1)))
+        yield Case(
+            argument, "value", put(argument, value), (ValueError,), named=value not in ((N + 1, K), (N, K + more))
+        )
 
 
 def betas_cases(argument: str) -> Iterator[Case]:
@@ -303,6 +307,12 @@ def cases(target: Target) -> Iterator[Case]:
         elif kind == Planes:
             yield from planes_cases(argument, legal[argument], target.name.endswith("vote"))
         else:
-            simple = {Text: text_cases, Flag: flag_cases, Pair: pair_cases, Betas: betas_cases}
+            simple = {
+                Text: text_cases,
+                Flag: flag_cases,
+                Pair: pair_cases,
+                TritsPair: partial(pair_cases, more=5),
+                Betas: betas_cases,
+            }
             yield from simple[kind](argument)
     yield from overlap_cases(target)

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from hostile import FLOAT, Arr, Betas, Flag, K, M, N, Number, Pair, Planes, Target, Text
+from hostile import FLOAT, Arr, Betas, Flag, K, M, N, Number, Pair, Planes, Target, Text, TritsPair
 
 import onebit_ext as ob
 from onebit_ext import _core
@@ -42,7 +42,11 @@ def control() -> np.ndarray:
 def forward() -> dict[str, Any]:
     extra = {"bias": np.ones(N, np.float32), "out": np.zeros((M, N), np.float32)}
     kept = {"xq": np.zeros((M, K), np.int8), "sx": np.zeros(M, np.float32)}
-    return {"x": X.copy(), **weights(), "out_features": N, **extra, **kept}
+    return {"x": X.copy(), **weights(), "out_features": N, **extra, **kept, "packing": "tile16"}
+
+
+def trits() -> dict[str, Any]:
+    return forward() | {"packed": ob.pack(CODES, "trits5"), "packing": "trits5"}
 
 
 def backward() -> dict[str, Any]:
@@ -75,7 +79,7 @@ def attached(vote_plane: bool = False) -> tuple[ob.TernaryLinear, ob.FlipOptimiz
 FORWARD = {
     "x": Arr(FLOAT, leading=True), "packed": PACKED, "scale": SCALE, "out_features": Number(integer=True),
     "bias": Arr(F32, optional=True), "out": Arr(F32, out=True, optional=True), "xq": Arr(I8, out=True, optional=True),
-    "sx": Arr(F32, out=True, optional=True),
+    "sx": Arr(F32, out=True, optional=True), "packing": Text,
 }  # fmt: skip
 BACKWARD = {
     "dy": Arr(FLOAT, leading=True), "packed": PACKED, "scale": SCALE, "in_features": Number(integer=True),
@@ -135,6 +139,7 @@ def formatted(form: str) -> dict[str, Any]:
 BYTES = Arr(U8)
 TARGETS = [
     *twins("linear_forward", forward, FORWARD),
+    *twins("linear_forward", trits, FORWARD),
     *twins("linear_backward_input", backward, BACKWARD),
     *twins("vote", lambda: kept() | {"planes": planes()} | sums(), KEPT | {"planes": Planes, "ds": SUM, "db": SUM}),
     *twins("vote", lambda: kept() | {"control": control()} | sums(),
@@ -169,7 +174,8 @@ TARGETS = [
             "packed": replace(PACKED, optional=True), **STRIPES, **OPTIONS, "vote_plane": Flag}),
     Target("pack", ob.pack, lambda: {"codes": CODES.copy(), "format": "seq2"},
            {"codes": Arr(I8, free=True), "format": Text}),
-    *(Target(name, getattr(ob, name), partial(formatted, form), {"packed": BYTES, "shape": Pair, "format": Text})
+    *(Target(name, getattr(ob, name), partial(formatted, form),
+             {"packed": BYTES, "shape": TritsPair if form == "trits5" else Pair, "format": Text})
       for name in ("unpack", "validate") for form in ob.FORMATS),
     Target("convert", ob.convert, lambda: {"packed": ob.pack(CODES), "shape": (N, K), "source": "tile16",
                                            "target": "rows4"},
@@ -180,16 +186,20 @@ TARGETS = [
     Target("set_num_threads", ob.set_num_threads, lambda: {"threads": 2}, {"threads": Number(1, integer=True)}),
     Target("TernaryLinear", ob.TernaryLinear, lambda: {"in_features": K, "out_features": N},
            {"in_features": Number(integer=True), "out_features": Number(integer=True), "scale": Text, "bias": Flag,
-            "seed": Number(integer=True)}),
+            "seed": Number(integer=True), "packing": Text}),
+    Target("TernaryLinear.repack", method(attached, "repack"), lambda: {"packing": "trits5"}, {"packing": Text}),
     Target("TernaryLinear.from_float", ob.TernaryLinear.from_float,
            lambda: {"w": np.ones((N, K), np.float32), "bias": np.ones(N, np.float32)},
-           {"w": Arr(FLOAT, free=True), "bias": Arr(F32, optional=True)}),
+           {"w": Arr(FLOAT, free=True), "bias": Arr(F32, optional=True), "packing": Text}),
     Target("TernaryLinear.from_codes", ob.TernaryLinear.from_codes,
            lambda: {"codes": CODES.copy(), "scale": 0.5, "bias": np.ones(N, np.float32)},
-           {"codes": Arr(I8, free=True), "bias": Arr(F32, optional=True)}),
+           {"codes": Arr(I8, free=True), "bias": Arr(F32, optional=True), "packing": Text}),
     Target("TernaryLinear.from_packed", ob.TernaryLinear.from_packed,
            lambda: weights() | {"shape": (N, K), "bias": np.ones(N, np.float32)},
-           {"packed": PACKED, "shape": Pair, "bias": Arr(F32, optional=True)}),
+           {"packed": PACKED, "shape": Pair, "bias": Arr(F32, optional=True), "packing": Text}),
+    Target("TernaryLinear.from_packed", ob.TernaryLinear.from_packed,
+           lambda: weights() | {"packed": ob.pack(CODES, "trits5"), "shape": (N, K), "packing": "trits5"},
+           {"packed": PACKED, "shape": TritsPair, "packing": Text}),
     Target("TernaryLinear.forward", method(attached, "forward"), lambda: {"x": X.copy(), "keep": True},
            {"x": Arr(FLOAT, leading=True, tokens=True), "keep": Flag}),
     Target("TernaryLinear.backward", method(with_forward, "backward"), lambda: {"dy": DY.copy(), "input_grad": True},

@@ -59,11 +59,23 @@ def pack(codes: Array, format: str = "tile16") -> Array:
         pairs = tiles.transpose(0, 3, 1, 2, 5, 4)
     elif format == "rows4":  # rows i, i + N/4, i + N/2, i + 3N/4 share byte row i
         pairs = bits.reshape(4, n // 4, k).transpose(1, 2, 0)
+    elif format == "trits5":
+        return pack_trits(bits)
     else:  # seq2: row by row, four columns per byte
         flat = np.ones((n, -(-k // 4) * 4), np.uint8)
         flat[:, :k] = bits
         pairs = flat.reshape(-1, 4)
     return np.ascontiguousarray((pairs << np.array([0, 2, 4, 6], np.uint8)).sum(-1, dtype=np.uint8))
+
+
+def pack_trits(bits: Array) -> Array:
+    """Codes 0..2 (N, K) -> trits5: one byte for the codes of columns kk, kk + 4 .. kk + 16 of a step of 20."""
+    n, k = bits.shape
+    full = np.ones((-(-n // 64) * 64, -(-k // 20) * 20), np.int64)
+    full[:n, :k] = bits
+    c = full.reshape(full.shape[0] // 64, 4, 16, full.shape[1] // 20, 5, 4).transpose(0, 3, 1, 2, 5, 4)
+    r = c[..., :4] @ np.array([1, 3, 9, 27])
+    return np.ascontiguousarray(np.where(r < 64, 64 * c[..., 4] + r, 192 + 17 * c[..., 4] + r - 64), np.uint8)
 
 
 def unpack(packed: Array, shape: tuple[int, int]) -> Array:

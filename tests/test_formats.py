@@ -12,9 +12,11 @@ from oracle import Array
 from onebit_ext import _core
 
 PLAIN = ("tile16", "seq2", "rows4")  # four codes a byte, any K; the block types of GGUF: hf/test_gguf.py
+ALL = (*PLAIN, "trits5")
 SHAPES = [
     (0, 0), (0, 5), (5, 0), (1, 1), (3, 7), (4, 16), (16, 4), (63, 17), (64, 16), (65, 15),
     (128, 64), (130, 191), (20, 1023), (8, 1024), (12, 1025), (4, 2049),
+    (4, 19), (4, 20), (8, 1279), (8, 1280), (68, 1281), (4, 2561),
 ]  # fmt: skip
 
 
@@ -27,10 +29,10 @@ def representable(format: str, n: int) -> bool:
 
 
 def test_names() -> None:
-    assert (*PLAIN, "tq2_0", "tq1_0", "i2_s") == _core.FORMATS
+    assert (*PLAIN, "tq2_0", "tq1_0", "i2_s", "trits5") == _core.FORMATS
 
 
-@pytest.mark.parametrize("format", PLAIN)
+@pytest.mark.parametrize("format", ALL)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_pack_and_unpack(format: str, shape: tuple[int, int]) -> None:
     if not representable(format, shape[0]):
@@ -46,8 +48,8 @@ def test_pack_and_unpack(format: str, shape: tuple[int, int]) -> None:
     assert (_core.unpack(packed, shape, format) == codes).all()
 
 
-@pytest.mark.parametrize("source", PLAIN)
-@pytest.mark.parametrize("target", PLAIN)
+@pytest.mark.parametrize("source", ALL)
+@pytest.mark.parametrize("target", ALL)
 def test_convert(source: str, target: str) -> None:
     for n, k in SHAPES:
         if representable(source, n) and representable(target, n):
@@ -60,7 +62,7 @@ def test_convert(source: str, target: str) -> None:
 def test_round_trip_through_all(n: int, k: int, seed: int) -> None:
     codes = random_codes(4 * n, k, seed)
     packed = _core.pack(codes)
-    for source, target in (("tile16", "rows4"), ("rows4", "seq2"), ("seq2", "tile16")):
+    for source, target in (("tile16", "rows4"), ("rows4", "trits5"), ("trits5", "seq2"), ("seq2", "tile16")):
         packed = _core.convert(packed, codes.shape, source, target)
     assert (packed == oracle.pack(codes)).all()
 
@@ -79,11 +81,37 @@ def test_every_byte(format: str) -> None:
                 lambda: _core.unpack(packed, shape, format),  # noqa: B023
                 lambda: _core.convert(packed, shape, format, "seq2"),  # noqa: B023
             ):
-                with pytest.raises(ValueError, match="reserved 2-bit code 3"):
+                with pytest.raises(ValueError, match="reserved code"):
                     refuse()
         else:
             codes = _core.unpack(packed, shape, format)
             assert (oracle.pack(codes, format) == packed).all()
+
+
+def test_every_byte_of_five_codes() -> None:
+    """The 243 bytes below read back as five codes, each its own; the rest is refused anywhere, also in padding."""
+    shape, seen = (64, 20), set()
+    clean = oracle.pack(np.zeros(shape, np.int8), "trits5")
+    for byte in range(256):
+        packed = clean.copy()
+        packed.reshape(-1)[37] = byte
+        if byte < 243:
+            codes = _core.unpack(packed, shape, "trits5")
+            seen.add(codes.tobytes())
+            assert (oracle.pack(codes, "trits5") == packed).all()
+            continue
+        for place in (0, 37, 255):
+            packed = clean.copy()
+            packed.reshape(-1)[place] = byte
+            for n, k in (shape, (1, 1)):
+                for refuse in (
+                    lambda: _core.validate(packed, (n, k), "trits5"),  # noqa: B023
+                    lambda: _core.unpack(packed, (n, k), "trits5"),  # noqa: B023
+                    lambda: _core.convert(packed, (n, k), "trits5", "tile16"),  # noqa: B023
+                ):
+                    with pytest.raises(ValueError, match="reserved code"):
+                        refuse()
+    assert len(seen) == 243
 
 
 @pytest.mark.parametrize("format", PLAIN)
@@ -99,13 +127,13 @@ def test_reserved_code_anywhere(format: str, shape: tuple[int, int]) -> None:
             _core.validate(packed.reshape(full), shape, format)
 
 
-@pytest.mark.parametrize("format", ["tile16", "seq2"])
+@pytest.mark.parametrize("format", ["tile16", "seq2", "trits5"])
 def test_dirty_padding(format: str) -> None:
-    shape = (63, 15)  # tile16 pads rows and columns, seq2 columns
-    grid = (64, 16) if format == "tile16" else (63, 16)
+    shape = (63, 15)  # tile16 and trits5 pad rows and columns, seq2 columns
+    grid = {"tile16": (64, 16), "trits5": (64, 20), "seq2": (63, 16)}[format]
     codes = np.zeros(grid, np.int8)
     codes[:63, :15] = random_codes(*shape)
-    for n, k in [(0, 15), (62, 15), (63, 0)][: 3 if format == "tile16" else 2]:
+    for n, k in [(0, 15), (62, 15), (63, 0)][: 2 if format == "seq2" else 3]:
         for dirt in (-1, 1):
             dirty = codes.copy()
             dirty[n, k] = dirt
@@ -113,7 +141,7 @@ def test_dirty_padding(format: str) -> None:
                 _core.validate(oracle.pack(dirty, format), shape, format)
 
 
-@pytest.mark.parametrize("format", PLAIN)
+@pytest.mark.parametrize("format", ALL)
 @pytest.mark.parametrize("bad", [-128, -2, 2, 3, 127])
 def test_codes_outside_the_domain(format: str, bad: int) -> None:
     codes = random_codes(8, 70)

@@ -126,7 +126,7 @@ def test_a_view_cannot_be_turned_against_its_layer() -> None:
 def test_text() -> None:
     layer = ob.TernaryLinear(70, 83, scale="row")
     layer.name = "fc1"
-    text = "TernaryLinear(in_features=70, out_features=83, scale='row', bias=False, name='fc1', rule="
+    text = "TernaryLinear(in_features=70, out_features=83, scale='row', bias=False, packing='tile16', name='fc1', rule="
     assert repr(layer) == text + "None)"
     opt = ob.FlipOptimizer([layer], lr=0.5)
     assert repr(layer) == text + "residual8)"

@@ -32,7 +32,8 @@ ob_cpu_features(void)
     uint32_t features = has(b, 5) ? OB_CPU_AVX2 : 0, subleaves = a;
     int zmm_saved = (saved & 0xE0) == 0xE0; /* masks, upper halves, zmm16-31 */
     if (zmm_saved && has(b, 16) && has(b, 17) && has(b, 30) && has(b, 31)) { /* F DQ BW VL */
-        features |= OB_CPU_AVX512 | (has(c, 11) ? OB_CPU_AVX512VNNI : 0);
+        features |= OB_CPU_AVX512 | (has(c, 11) ? OB_CPU_AVX512VNNI : 0) |
+                    (has(c, 1) ? OB_CPU_AVX512VBMI : 0);
     }
     if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
         features |= has(a, 4) ? OB_CPU_AVXVNNI : 0;

@@ -11,6 +11,7 @@
 #define OB_CPU_NEON 16u /* every AArch64 */
 #define OB_CPU_NEONDOT 32u
 #define OB_CPU_NEONI8MM 64u
+#define OB_CPU_AVX512VBMI 128u
 
 /* Bits the processor has and the operating system saves the registers of; 0 on other architectures. */
 uint32_t ob_cpu_features(void);

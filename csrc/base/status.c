@@ -14,7 +14,7 @@ ob_status_text(ob_status status)
     case OB_INVALID:
         return "an argument is outside its domain";
     case OB_RESERVED_CODE:
-        return "the reserved 2-bit code 3, which stands for no ternary value";
+        return "a reserved code, which stands for no ternary value";
     case OB_UNSUPPORTED:
         return "not supported by this build or machine";
     }

@@ -92,9 +92,15 @@ PyArrayObject *ob_new_like(const ob_view *x, size_t columns);
 PyObject *ob_alias(PyArrayObject *array);
 
 /* views.c: the groups of arrays that several functions share ------------------------------------- */
+/* The packings that kernels read: tile16 (of an object NULL too) and trits5.  Their array: 64-byte aligned where taken. */
+int ob_take_packing(const ob_call *call, PyObject *object, ob_format_id *packing);
+ob_spec ob_packed_spec(ob_format_id packing, size_t n, size_t k, unsigned flags);
+uint8_t *ob_take_packed_as(ob_call *call, PyObject *packed, ob_format_id packing, size_t n,
+                           size_t k, unsigned flags);
+PyArrayObject *ob_new_packed_as(ob_format_id packing, size_t n, size_t k);
 /* packed (with `flags`), scale and (bias may be None or NULL) of a layer of n outputs and k inputs */
-int ob_take_weights(ob_call *call, PyObject *packed, PyObject *scale, PyObject *bias, size_t n,
-                    size_t k, unsigned flags, ob_weights *out);
+int ob_take_weights(ob_call *call, PyObject *packed, ob_format_id packing, PyObject *scale,
+                    PyObject *bias, size_t n, size_t k, unsigned flags, ob_weights *out);
 uint8_t *ob_take_packed(ob_call *call, PyObject *packed, size_t n, size_t k, unsigned flags);
 double *ob_take_control(ob_call *call, PyObject *control, const char *name, unsigned flags);
 typedef struct ob_control_init {

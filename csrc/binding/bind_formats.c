@@ -1,7 +1,7 @@
 /* bind_formats.c - codes to bytes and back, absmean, starting codes, aligned arrays. */
 #include "binding.h"
 
-/* The array that holds (n, k) codes in a format: tile16 (strips, steps, 4, 16, 4), rows4
+/* The array that holds (n, k) codes in a format: tile16 and trits5 (strips, steps, 4, 16, 4), rows4
  * (ceil(n/4), k), any other a flat (bytes,). */
 static int
 format_spec(const ob_call *call, size_t format, size_t n, size_t k, unsigned flags, ob_spec *spec)
@@ -15,10 +15,10 @@ format_spec(const ob_call *call, size_t format, size_t n, size_t k, unsigned fla
     if (status != OB_OK) {
         return ob_fail_status(call, status);
     }
-    npy_intp strips = (npy_intp)((n + 63) / 64), steps = (npy_intp)((k + 15) / 16);
     switch (format) {
     case OB_FORMAT_tile16:
-        *spec = (ob_spec){OB_KIND_U8, flags, 5, {strips, steps, 4, 16, 4}, NULL};
+    case OB_FORMAT_trits5:
+        *spec = ob_packed_spec((ob_format_id)format, n, k, flags);
         break;
     case OB_FORMAT_rows4:
         *spec = (ob_spec){OB_KIND_U8, flags, 2, {(npy_intp)((n + 3) / 4), (npy_intp)k}, NULL};
@@ -304,22 +304,22 @@ empty(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
 }
 
 /* ------------------------------------------------------------------ method table */
-PyDoc_STRVAR(pack_doc,
-             "pack($module, /, codes, format='tile16')\n--\n\n"
-             "codes int8 (N, K) in {-1, 0, 1} -> uint8 bytes of the format.\n\n"
-             "tile16: (ceil(N/64), ceil(K/16), 4, 16, 4), what every kernel reads; rows4: (N/4, "
-             "K), the layout\n"
-             "of transformers; seq2: (bytes,), four codes a byte in order.  64-byte aligned.");
 PyDoc_STRVAR(
-    unpack_doc,
-    "unpack($module, /, packed, shape, format='tile16')\n--\n\n"
-    "Bytes of a format -> codes int8 `shape` = (N, K).  ValueError on the reserved code 3.");
+    pack_doc,
+    "pack($module, /, codes, format='tile16')\n--\n\n"
+    "codes int8 (N, K) in {-1, 0, 1} -> uint8 bytes of the format.\n\n"
+    "tile16: (ceil(N/64), ceil(K/16), 4, 16, 4), what every kernel reads; trits5: (ceil(N/64),\n"
+    "ceil(K/20), 4, 16, 4), five codes a byte, for inference; rows4: (N/4, K), the layout of\n"
+    "transformers; seq2: (bytes,), four codes a byte in order.  64-byte aligned.");
+PyDoc_STRVAR(unpack_doc,
+             "unpack($module, /, packed, shape, format='tile16')\n--\n\n"
+             "Bytes of a format -> codes int8 `shape` = (N, K).  ValueError on a reserved code.");
 PyDoc_STRVAR(convert_doc, "convert($module, /, packed, shape, source, target)\n--\n\n"
                           "Bytes of one format -> bytes of another, for codes of `shape` = (N, K). "
-                          " ValueError on code 3.");
+                          " ValueError on a reserved code.");
 PyDoc_STRVAR(validate_doc,
              "validate($module, /, packed, shape, format='tile16')\n--\n\n"
-             "ValueError if the bytes hold the reserved code 3 or dirty padding; otherwise None.");
+             "ValueError if the bytes hold a reserved code or dirty padding; otherwise None.");
 PyDoc_STRVAR(absmean_doc, "absmean($module, /, w)\n--\n\n"
                           "w (N, K) float32 or bfloat16 -> (packed tile16, scale float32 (1,)).\n\n"
                           "scale = max(mean |w|, 1e-5), codes = clamp(rint(w / scale), -1, 1): "

@@ -36,17 +36,20 @@ result_array(const ob_view *out, const ob_view *x, size_t columns, void **data)
 PyObject *
 ob_py_linear_forward(const char *name, ob_forward_op op, PyObject *args, PyObject *kw)
 {
-    static char *keys[] = {"x", "packed", "scale", "out_features", "bias", "out", "xq", "sx", NULL};
+    static char *keys[] = {"x",   "packed", "scale", "out_features", "bias",
+                           "out", "xq",     "sx",    "packing",      NULL};
     PyObject *x, *packed, *scale, *width, *bias = Py_None, *out = Py_None, *xq = Py_None,
-                                          *sx = Py_None;
+                                          *sx = Py_None, *packing_name = NULL;
     ob_call call = {.function = name};
     ob_weights w;
+    ob_format_id packing;
     size_t n = 0;
     ob_view *vx, *vout = NULL, *vxq = NULL, *vsx = NULL;
     PyArrayObject *y = NULL;
     void *data = NULL;
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOO|O$OOO", keys, &x, &packed, &scale, &width,
-                                     &bias, &out, &xq, &sx) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOOO|O$OOOO", keys, &x, &packed, &scale, &width,
+                                     &bias, &out, &xq, &sx, &packing_name) ||
+        ob_take_packing(&call, packing_name, &packing) < 0 ||
         ob_take_size(&call, width, "out_features", 0, OB_MAX_K, &n) < 0) {
         return NULL;
     }
@@ -59,7 +62,7 @@ ob_py_linear_forward(const char *name, ob_forward_op op, PyObject *args, PyObjec
         ob_fail(&call, PyExc_ValueError, "'x' must have at most %u columns, got %zu", OB_MAX_K, k);
         goto done;
     }
-    if (ob_take_weights(&call, packed, scale, bias, n, k, 0, &w) < 0 ||
+    if (ob_take_weights(&call, packed, packing, scale, bias, n, k, 0, &w) < 0 ||
         (out != Py_None && (vout = take_out(&call, out, vx, n)) == NULL)) {
         goto done;
     }
@@ -117,7 +120,7 @@ ob_py_linear_backward_input(const char *name, ob_input_op op, PyObject *args, Py
         ob_fail(&call, PyExc_ValueError, "'dy' must have at most %u columns, got %zu", OB_MAX_K, n);
         goto done;
     }
-    if (ob_take_weights(&call, packed, scale, NULL, n, k, 0, &w) < 0 ||
+    if (ob_take_weights(&call, packed, OB_FORMAT_tile16, scale, NULL, n, k, 0, &w) < 0 ||
         (state = ob_take_control(&call, control, "control", OB_WRITE)) == NULL ||
         (out != Py_None && (vout = take_out(&call, out, vdy, k)) == NULL) ||
         ob_check_overlap(&call) < 0 || (dx = result_array(vout, vdy, k, &data)) == NULL) {
@@ -201,7 +204,8 @@ take_codes(ob_call *call, PyObject *packed, PyObject *scale, size_t n, size_t k,
 {
     const int moves = v->planes.control != NULL && v->planes.votes == NULL &&
                       ob_rule_moves_in_vote(v->planes.rule);
-    if (ob_take_weights(call, packed, scale, NULL, n, k, moves ? OB_WRITE : 0, &v->w) < 0) {
+    if (ob_take_weights(call, packed, OB_FORMAT_tile16, scale, NULL, n, k, moves ? OB_WRITE : 0,
+                        &v->w) < 0) {
         return -1;
     }
     v->planes.codes = moves ? PyArray_DATA((PyArrayObject *)packed) : NULL;
@@ -277,10 +281,11 @@ vote(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
 PyDoc_STRVAR(
     linear_forward_doc,
     "linear_forward($module, /, x, packed, scale, out_features, bias=None, *,\n"
-    "               out=None, xq=None, sx=None)\n--\n\n"
+    "               out=None, xq=None, sx=None, packing='tile16')\n--\n\n"
     "y = (xq . T^T) * (sx * scale) + bias, exactly, with int8 activations per token.\n\n"
-    "x (..., K) float32 or bfloat16; packed uint8 tile16 of (out_features, K); scale (1,) or (N,)\n"
-    "float32; bias (N,) float32.  Returns y (..., N) of the dtype of x, in `out` if given.\n"
+    "x (..., K) float32 or bfloat16; packed uint8 of (out_features, K) in `packing`, 'tile16' or\n"
+    "'trits5', which give the same bits; scale (1,) or (N,) float32; bias (N,) float32.  Returns y "
+    "(..., N) of the dtype of x, in `out` if given.\n"
     "xq (M, padded K) int8 and sx (M,) float32, given together, receive what vote() needs; M is "
     "the\n"
     "product of the leading dimensions, padded K = 16 * ceil(K / 16).  A token with a non-finite\n"

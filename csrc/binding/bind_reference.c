@@ -63,7 +63,7 @@ weight_gradient(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
     ob_spec steps = {OB_KIND_F32, 0, 1, {(npy_intp)m}, NULL};
     if ((vxq = ob_take_array(&call, xq, "xq", codes)) == NULL ||
         (vsx = ob_take_array(&call, sx, "sx", steps)) == NULL ||
-        ob_take_weights(&call, packed, scale, NULL, n, k, 0, &w) < 0 ||
+        ob_take_weights(&call, packed, OB_FORMAT_tile16, scale, NULL, n, k, 0, &w) < 0 ||
         (state = ob_take_control(&call, control, "control", OB_WRITE)) == NULL ||
         ob_check_overlap(&call) < 0) {
         goto done;
@@ -86,7 +86,7 @@ done:
 
 PyDoc_STRVAR(linear_forward_doc,
              "linear_forward($module, /, x, packed, scale, out_features, bias=None, *,\n"
-             "               out=None, xq=None, sx=None)\n--\n\n"
+             "               out=None, xq=None, sx=None, packing='tile16')\n--\n\n"
              "The naive twin of onebit_ext.linear_forward.");
 PyDoc_STRVAR(linear_backward_input_doc, "linear_backward_input($module, /, dy, packed, scale, "
                                         "in_features, control, *, out=None)\n--\n\n"

@@ -80,8 +80,8 @@ ob_aliased_dict(PyObject *arrays)
 /* ------------------------------------------------------------------ construction */
 /* Takes the parts' references, also on failure; bias NULL: none; packed or scale NULL: an exception is passed on. */
 static PyObject *
-layer_from(PyTypeObject *type, size_t n, size_t k, PyArrayObject *packed, PyArrayObject *scale,
-           PyArrayObject *bias, double seed)
+layer_from(PyTypeObject *type, size_t n, size_t k, ob_format_id packing, PyArrayObject *packed,
+           PyArrayObject *scale, PyArrayObject *bias, double seed)
 {
     ob_layer *layer = packed != NULL && scale != NULL ? (ob_layer *)type->tp_alloc(type, 0) : NULL;
     if (layer == NULL) {
@@ -95,6 +95,7 @@ layer_from(PyTypeObject *type, size_t n, size_t k, PyArrayObject *packed, PyArra
     layer->n = n;
     layer->k = k;
     layer->name = Py_NewRef(Py_None);
+    layer->packing = packing;
     layer->packed = packed;
     layer->scale = scale;
     layer->bias = bias;
@@ -124,16 +125,41 @@ scale_kind(size_t index)
     return index == 0 ? "tensor" : "row";
 }
 
+/* A plane in another packing, for the reference to the one given; NULL passes an exception on. */
+static PyArrayObject *
+repacked(const ob_call *call, PyArrayObject *plane, ob_format_id from, ob_format_id to, size_t n,
+         size_t k)
+{
+    if (plane == NULL || from == to) {
+        return plane;
+    }
+    PyArrayObject *other = ob_new_packed_as(to, n, k);
+    if (other != NULL) {
+        ob_status status;
+        Py_BEGIN_ALLOW_THREADS status =
+            ob_convert(from, to, n, k, PyArray_DATA(plane), PyArray_DATA(other));
+        Py_END_ALLOW_THREADS if (ob_fail_status(call, status) < 0)
+        {
+            Py_CLEAR(other);
+        }
+    }
+    Py_DECREF(plane);
+    return other;
+}
+
 PyObject *
 ob_layer_new(PyTypeObject *type, PyObject *args, PyObject *kw)
 {
-    static char *keys[] = {"in_features", "out_features", "scale", "bias", "seed", NULL};
+    static char *keys[] = {"in_features", "out_features", "scale", "bias", "seed", "packing", NULL};
     PyObject *columns, *rows, *scale_name = NULL, *bias_flag = NULL, *number = NULL;
+    PyObject *packing_name = NULL;
+    ob_format_id packing;
     ob_call call = {.function = "TernaryLinear"};
     size_t n = 0, k = 0, per_row = 0, seed = 0;
     int has_bias = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "OO|OOO", keys, &columns, &rows, &scale_name,
-                                     &bias_flag, &number) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OO|OOOO", keys, &columns, &rows, &scale_name,
+                                     &bias_flag, &number, &packing_name) ||
+        ob_take_packing(&call, packing_name, &packing) < 0 ||
         ob_take_size(&call, columns, "in_features", 0, OB_MAX_K, &k) < 0 ||
         ob_take_size(&call, rows, "out_features", 0, OB_MAX_K, &n) < 0 ||
         (scale_name && ob_take_name(&call, scale_name, "scale", 2, scale_kind, &per_row) < 0) ||
@@ -150,9 +176,9 @@ ob_layer_new(PyTypeObject *type, PyObject *args, PyObject *kw)
     }
     if (scale != NULL) {
         Py_BEGIN_ALLOW_THREADS ob_random_codes(n, k, seed, PyArray_DATA(packed));
-        Py_END_ALLOW_THREADS
+        Py_END_ALLOW_THREADS packed = repacked(&call, packed, OB_FORMAT_tile16, packing, n, k);
     }
-    return layer_from(type, n, k, packed, scale, bias, (double)seed);
+    return layer_from(type, n, k, packing, packed, scale, bias, (double)seed);
 }
 
 /* A caller's parameter (scale or bias), aliased.  NULL with an exception. */
@@ -210,10 +236,14 @@ take_parameters(ob_call *call, PyObject *scale, PyObject *bias, size_t n, PyArra
 /* from_float and from_codes read a matrix (N, K) and pack it */
 static PyObject *
 layer_from_matrix(PyTypeObject *type, ob_call *call, PyObject *matrix, const char *name,
-                  unsigned kinds, PyObject *scale, PyObject *bias)
+                  unsigned kinds, PyObject *scale, PyObject *bias, PyObject *packing_name)
 {
+    ob_format_id packing, first = OB_FORMAT_tile16; /* of absmean */
     PyArrayObject *packed = NULL, *factor = NULL, *offset = NULL;
     PyObject *layer = NULL;
+    if (ob_take_packing(call, packing_name, &packing) < 0) {
+        return NULL;
+    }
     ob_view *view =
         ob_take_array(call, matrix, name, (ob_spec){kinds, 0, 2, {OB_FREE, OB_FREE}, "NK"});
     if (view == NULL) {
@@ -226,15 +256,15 @@ layer_from_matrix(PyTypeObject *type, ob_call *call, PyObject *matrix, const cha
         goto done;
     }
     if (take_parameters(call, scale, bias, n, &factor, &offset) < 0 ||
-        (packed = ob_new_packed(n, k)) == NULL ||
+        (packed = ob_new_packed_as(scale == NULL ? first : packing, n, k)) == NULL ||
         (scale == NULL && (factor = filled(1, 1.0f)) == NULL)) {
         goto done;
     }
     ob_status status;
-    Py_BEGIN_ALLOW_THREADS status =
-        scale == NULL ? ob_absmean(n, k, ob_view_dtype(view), view->data, PyArray_DATA(packed),
-                                   PyArray_DATA(factor))
-                      : ob_pack(OB_FORMAT_tile16, n, k, view->data, PyArray_DATA(packed));
+    Py_BEGIN_ALLOW_THREADS status = scale == NULL
+                                        ? ob_absmean(n, k, ob_view_dtype(view), view->data,
+                                                     PyArray_DATA(packed), PyArray_DATA(factor))
+                                        : ob_pack(packing, n, k, view->data, PyArray_DATA(packed));
     Py_END_ALLOW_THREADS if (status == OB_INVALID)
     {
         ob_fail(call, PyExc_ValueError, "'%s' must hold %s only", name,
@@ -242,7 +272,8 @@ layer_from_matrix(PyTypeObject *type, ob_call *call, PyObject *matrix, const cha
     }
     else if (ob_fail_status(call, status) == 0)
     {
-        layer = layer_from(type, n, k, packed, factor, offset, 0);
+        packed = repacked(call, packed, scale == NULL ? first : packing, packing, n, k);
+        layer = layer_from(type, n, k, packing, packed, factor, offset, 0);
         packed = factor = offset = NULL;
     }
 done:
@@ -256,45 +287,50 @@ done:
 PyObject *
 ob_layer_from_float(PyObject *type, PyObject *args, PyObject *kw)
 {
-    static char *keys[] = {"w", "bias", NULL};
-    PyObject *w, *bias = Py_None;
+    static char *keys[] = {"w", "bias", "packing", NULL};
+    PyObject *w, *bias = Py_None, *packing = NULL;
     ob_call call = {.function = "TernaryLinear.from_float"};
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "O|O", keys, &w, &bias)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "O|OO", keys, &w, &bias, &packing)) {
         return NULL;
     }
-    return layer_from_matrix((PyTypeObject *)type, &call, w, "w", OB_KIND_FLOAT, NULL, bias);
+    return layer_from_matrix((PyTypeObject *)type, &call, w, "w", OB_KIND_FLOAT, NULL, bias,
+                             packing);
 }
 
 PyObject *
 ob_layer_from_codes(PyObject *type, PyObject *args, PyObject *kw)
 {
-    static char *keys[] = {"codes", "scale", "bias", NULL};
-    PyObject *codes, *scale, *bias = Py_None;
+    static char *keys[] = {"codes", "scale", "bias", "packing", NULL};
+    PyObject *codes, *scale, *bias = Py_None, *packing = NULL;
     ob_call call = {.function = "TernaryLinear.from_codes"};
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "OO|O", keys, &codes, &scale, &bias)) {
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OO|OO", keys, &codes, &scale, &bias, &packing)) {
         return NULL;
     }
-    return layer_from_matrix((PyTypeObject *)type, &call, codes, "codes", OB_KIND_I8, scale, bias);
+    return layer_from_matrix((PyTypeObject *)type, &call, codes, "codes", OB_KIND_I8, scale, bias,
+                             packing);
 }
 
 PyObject *
 ob_layer_from_packed(PyObject *type, PyObject *args, PyObject *kw)
 {
-    static char *keys[] = {"packed", "scale", "shape", "bias", NULL};
-    PyObject *packed, *scale, *shape, *bias = Py_None, *layer = NULL;
+    static char *keys[] = {"packed", "scale", "shape", "bias", "packing", NULL};
+    PyObject *packed, *scale, *shape, *bias = Py_None, *packing_name = NULL, *layer = NULL;
+    ob_format_id packing;
     PyArrayObject *factor = NULL, *offset = NULL;
     ob_call call = {.function = "TernaryLinear.from_packed"};
     size_t n = 0, k = 0;
-    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOO|O", keys, &packed, &scale, &shape, &bias) ||
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "OOO|OO", keys, &packed, &scale, &shape, &bias,
+                                     &packing_name) ||
+        ob_take_packing(&call, packing_name, &packing) < 0 ||
         ob_take_shape(&call, shape, "shape", &n, &k) < 0) {
         return NULL;
     }
-    uint8_t *codes = ob_take_packed(&call, packed, n, k, 0);
+    uint8_t *codes = ob_take_packed_as(&call, packed, packing, n, k, 0);
     if (codes == NULL || take_parameters(&call, scale, bias, n, &factor, &offset) < 0) {
         goto done;
     }
     ob_status status;
-    Py_BEGIN_ALLOW_THREADS status = ob_validate(OB_FORMAT_tile16, n, k, codes);
+    Py_BEGIN_ALLOW_THREADS status = ob_validate(packing, n, k, codes);
     Py_END_ALLOW_THREADS if (status != OB_OK)
     {
         ob_fail(&call, PyExc_ValueError, "'packed' must hold ternary codes and clean padding: %s",
@@ -303,9 +339,46 @@ ob_layer_from_packed(PyObject *type, PyObject *args, PyObject *kw)
         Py_XDECREF(offset);
         goto done;
     }
-    layer = layer_from((PyTypeObject *)type, n, k,
+    layer = layer_from((PyTypeObject *)type, n, k, packing,
                        (PyArrayObject *)ob_alias((PyArrayObject *)packed), factor, offset, 0);
 done:
     ob_release(&call);
+    return layer;
+}
+
+PyObject *
+ob_layer_repack(PyObject *object, PyObject *args, PyObject *kw)
+{
+    static char *keys[] = {"packing", NULL};
+    ob_layer *self = (ob_layer *)object;
+    PyObject *name, *layer;
+    ob_call call = {.function = "TernaryLinear.repack"};
+    ob_format_id packing;
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "O", keys, &name) ||
+        ob_take_packing(&call, name, &packing) < 0 || ob_layer_lock(&call, self, 0) < 0) {
+        return NULL;
+    }
+    PyArrayObject *packed = ob_new_packed_as(packing, self->n, self->k);
+    ob_status status = OB_OK;
+    if (packed != NULL) {
+        Py_BEGIN_ALLOW_THREADS status =
+            ob_convert(self->packing, packing, self->n, self->k, PyArray_DATA(self->packed),
+                       PyArray_DATA(packed));
+        Py_END_ALLOW_THREADS
+    }
+    ob_layer_unlock(self, 0);
+    if (packed == NULL || ob_fail_status(&call, status) < 0) {
+        Py_XDECREF(packed);
+        return NULL;
+    }
+    PyArrayObject *bias = self->bias != NULL ? (PyArrayObject *)ob_alias(self->bias) : NULL;
+    PyArrayObject *scale = (PyArrayObject *)ob_alias(self->scale);
+    if (self->bias != NULL && bias == NULL) {
+        Py_CLEAR(scale);
+    }
+    layer = layer_from(Py_TYPE(object), self->n, self->k, packing, packed, scale, bias, 0);
+    if (layer != NULL) {
+        Py_XSETREF(((ob_layer *)layer)->name, Py_NewRef(self->name));
+    }
     return layer;
 }

@@ -9,6 +9,7 @@
 typedef struct ob_layer {
     PyObject_HEAD size_t n, k;
     PyObject *name; /* str or None */
+    ob_format_id packing;
     PyArrayObject *packed, *scale, *bias, *scale_grad, *bias_grad;
     PyArrayObject *control; /* keys the rounding of dX while no optimizer is attached */
     PyArrayObject *xq, *sx; /* kept by a forward for one backward, or NULL */

@@ -35,6 +35,12 @@ get_residual(PyObject *object, void *Py_UNUSED(closure))
 }
 
 static PyObject *
+get_packing(PyObject *object, void *Py_UNUSED(closure))
+{
+    return PyUnicode_FromString(ob_format_name(((ob_layer *)object)->packing));
+}
+
+static PyObject *
 get_name(PyObject *object, void *Py_UNUSED(closure))
 {
     return Py_NewRef(((ob_layer *)object)->name);
@@ -71,7 +77,8 @@ set_paused(PyObject *object, PyObject *value, void *Py_UNUSED(closure))
 PyGetSetDef ob_layer_properties[] = {
     {"in_features", get_size, NULL, "K", (void *)offsetof(ob_layer, k)},
     {"out_features", get_size, NULL, "N", (void *)offsetof(ob_layer, n)},
-    ARRAY(packed, "uint8 tile16 of (N, K), a view"),
+    {"packing", get_packing, NULL, "'tile16' or 'trits5'", NULL},
+    ARRAY(packed, "uint8 (N, K) in `packing`, a view"),
     ARRAY(scale, "float32 (1,) or (N,), a view"),
     ARRAY(bias, "float32 (N,), a view, or None"),
     ARRAY(scale_grad, "float32 like scale, a view; grows with every backward"),

@@ -76,6 +76,11 @@ check_layers(const ob_call *call, PyTypeObject *layer_type, PyObject *layers)
                                j, i);
             }
         }
+        if (layer->packing != OB_FORMAT_tile16) {
+            return ob_fail(call, PyExc_ValueError,
+                           "'layers' must be packed as 'tile16', got '%s' at %zd: repack() it",
+                           ob_format_name(layer->packing), i);
+        }
         if (layer->owner != NULL) {
             return ob_fail(call, PyExc_ValueError,
                            "'layers' must be free, got one that is attached to an optimizer "

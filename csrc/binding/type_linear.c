@@ -13,7 +13,8 @@ weights_of(const ob_layer *layer)
                         layer->k,
                         PyArray_DATA(layer->scale),
                         ob_layer_scale_len(layer),
-                        layer->bias != NULL ? PyArray_DATA(layer->bias) : NULL};
+                        layer->bias != NULL ? PyArray_DATA(layer->bias) : NULL,
+                        layer->packing};
 }
 
 /* ------------------------------------------------------------------ forward */
@@ -30,6 +31,7 @@ forward(PyObject *object, PyObject *args, PyObject *kw)
         ob_take_flag(&call, keep_flag, "keep", &keep) < 0) {
         return NULL;
     }
+    keep &= self->packing == OB_FORMAT_tile16; /* no other has a backward */
     ob_spec spec = {OB_KIND_FLOAT, OB_LEADING, 1, {(npy_intp)self->k}, NULL};
     ob_view *view = ob_take_array(&call, x, "x", spec);
     if (view == NULL) {
@@ -136,6 +138,12 @@ take_gradient(ob_call *call, ob_layer *self, PyObject *dy)
     if (view == NULL) {
         return NULL;
     }
+    if (self->packing != OB_FORMAT_tile16) {
+        ob_fail(call, PyExc_RuntimeError,
+                "a layer packed as '%s' has a forward only: repack('tile16') trains",
+                ob_format_name(self->packing));
+        return NULL;
+    }
     if (self->xq == NULL) {
         ob_fail(call, PyExc_RuntimeError,
                 "no activations are kept: one forward(x, keep=True) serves one backward");
@@ -235,7 +243,7 @@ codes(PyObject *object, PyObject *Py_UNUSED(none))
         return NULL;
     }
     ob_status status;
-    Py_BEGIN_ALLOW_THREADS status = ob_unpack(OB_FORMAT_tile16, self->n, self->k,
+    Py_BEGIN_ALLOW_THREADS status = ob_unpack(self->packing, self->n, self->k,
                                               PyArray_DATA(self->packed), PyArray_DATA(result));
     Py_END_ALLOW_THREADS ob_layer_unlock(self, 0);
     if (ob_fail_status(&call, status) < 0) {
@@ -250,9 +258,10 @@ layer_repr(PyObject *object)
 {
     ob_layer *self = (ob_layer *)object;
     return PyUnicode_FromFormat("TernaryLinear(in_features=%zu, out_features=%zu, scale='%s', "
-                                "bias=%s, name=%R, rule=%s)",
+                                "bias=%s, packing='%s', name=%R, rule=%s)",
                                 self->k, self->n, ob_layer_scale_len(self) == 1 ? "tensor" : "row",
-                                self->bias != NULL ? "True" : "False", self->name,
+                                self->bias != NULL ? "True" : "False",
+                                ob_format_name(self->packing), self->name,
                                 self->planes != NULL ? ob_rule_name(self->view.rule) : "None");
 }
 
@@ -295,21 +304,25 @@ layer_dealloc(PyObject *object)
 
 PyDoc_STRVAR(
     layer_doc,
-    "TernaryLinear(in_features, out_features, scale='tensor', bias=False, seed=0)\n--\n\n"
+    "TernaryLinear(in_features, out_features, scale='tensor', bias=False, seed=0, "
+    "packing='tile16')\n--\n\n"
     "y = x W^T + bias with W = scale * codes, codes (N, K) in {-1, 0, 1}; no float copy of W "
     "exists.\n\n"
     "scale: 'tensor' for one float32 factor, 'row' for one per output.  Starting codes are -1, 0 "
     "and 1\n"
     "with equal shares (random_codes(N, K, seed)), the scale 1 / sqrt(2/3 K).  Layers of one "
     "model\n"
-    "want different seeds.  packed, scale, bias, scale_grad, bias_grad and, while an optimizer is\n"
+    "want different seeds.  packing: 'tile16', 2 bits a weight, or 'trits5', 1.6 bits, whose "
+    "forward\n"
+    "gives the same bits and which has no backward.  packed, scale, bias, scale_grad, bias_grad "
+    "and, while an optimizer is\n"
     "attached, planes are views of the layer's own memory.");
 PyDoc_STRVAR(
     forward_doc,
     "forward($self, /, x, keep=True)\n--\n\n"
     "x (..., K) float32 or bfloat16 -> y (..., N) of the same dtype.\n\n"
     "Keeps the int8 activations for one backward, in place of those of an earlier forward; with\n"
-    "keep=False keeps nothing and leaves those of an earlier forward alone.");
+    "keep=False, or packed as trits5, keeps nothing and leaves those of an earlier forward alone.");
 PyDoc_STRVAR(
     backward_doc,
     "backward($self, /, dy, input_grad=True)\n--\n\n"
@@ -322,20 +335,27 @@ PyDoc_STRVAR(
 PyDoc_STRVAR(codes_doc, "codes($self, /)\n--\n\nThe codes as int8 (N, K), a copy.");
 PyDoc_STRVAR(
     from_float_doc,
-    "from_float($type, /, w, bias=None)\n--\n\n"
+    "from_float($type, /, w, bias=None, packing='tile16')\n--\n\n"
     "w (N, K) float32 or bfloat16, quantised by absmean(); bias (N,) float32 is used in place.");
-PyDoc_STRVAR(from_codes_doc, "from_codes($type, /, codes, scale, bias=None)\n--\n\n"
-                             "codes int8 (N, K) in {-1, 0, 1}; scale a positive number or float32 "
-                             "(1,) or (N,), used in place.");
-PyDoc_STRVAR(from_packed_doc, "from_packed($type, /, packed, scale, shape, bias=None)\n--\n\n"
-                              "packed tile16 of shape (N, K), scale and bias are used in place; "
-                              "packed must be 64-byte aligned\n"
-                              "(empty() makes such arrays) and hold no code 3.");
+PyDoc_STRVAR(from_codes_doc,
+             "from_codes($type, /, codes, scale, bias=None, packing='tile16')\n--\n\n"
+             "codes int8 (N, K) in {-1, 0, 1}; scale a positive number or float32 "
+             "(1,) or (N,), used in place.");
+PyDoc_STRVAR(from_packed_doc,
+             "from_packed($type, /, packed, scale, shape, bias=None, "
+             "packing='tile16')\n--\n\n"
+             "packed, codes of shape (N, K) in that packing, scale and bias are used in place; "
+             "packed must be 64-byte aligned\n"
+             "(empty() makes such arrays) and hold no reserved code.");
+PyDoc_STRVAR(repack_doc,
+             "repack($self, /, packing)\n--\n\n"
+             "A layer of the same codes in 'tile16' or 'trits5'; scale and bias are shared.");
 
 static PyMethodDef layer_methods[] = {
     OB_METHOD("forward", forward, forward_doc),
     OB_METHOD("backward", backward, backward_doc),
     {"codes", codes, METH_NOARGS, codes_doc},
+    OB_METHOD("repack", ob_layer_repack, repack_doc),
     {"from_float", (PyCFunction)(void (*)(void))ob_layer_from_float,
      METH_VARARGS | METH_KEYWORDS | METH_CLASS, from_float_doc},
     {"from_codes", (PyCFunction)(void (*)(void))ob_layer_from_codes,

@@ -17,34 +17,69 @@ ob_format_text(size_t format)
 }
 
 /* ------------------------------------------------------------------ weights */
-static ob_spec
-packed_spec(size_t n, size_t k, unsigned flags)
+/* the packings that kernels read */
+static const ob_format_id packings[] = {OB_FORMAT_tile16, OB_FORMAT_trits5};
+
+static const char *
+packing_text(size_t index)
 {
+    return ob_format_name(packings[index]);
+}
+
+int
+ob_take_packing(const ob_call *call, PyObject *object, ob_format_id *packing)
+{
+    size_t index = 0;
+    if (object != NULL && ob_take_name(call, object, "packing", 2, packing_text, &index) < 0) {
+        return -1;
+    }
+    *packing = packings[index];
+    return 0;
+}
+
+ob_spec
+ob_packed_spec(ob_format_id packing, size_t n, size_t k, unsigned flags)
+{
+    const size_t step = packing == OB_FORMAT_trits5 ? 20 : 16;
     npy_intp strips = (npy_intp)(n / 64 + (n % 64 != 0));
-    npy_intp steps = (npy_intp)(k / 16 + (k % 16 != 0));
-    return (ob_spec){OB_KIND_U8, flags | OB_ALIGN64, 5, {strips, steps, 4, 16, 4}, NULL};
+    npy_intp steps = (npy_intp)(k / step + (k % step != 0));
+    return (ob_spec){OB_KIND_U8, flags, 5, {strips, steps, 4, 16, 4}, NULL};
+}
+
+uint8_t *
+ob_take_packed_as(ob_call *call, PyObject *packed, ob_format_id packing, size_t n, size_t k,
+                  unsigned flags)
+{
+    ob_spec spec = ob_packed_spec(packing, n, k, flags | OB_ALIGN64);
+    ob_view *view = ob_take_array(call, packed, "packed", spec);
+    return view != NULL ? view->data : NULL;
 }
 
 uint8_t *
 ob_take_packed(ob_call *call, PyObject *packed, size_t n, size_t k, unsigned flags)
 {
-    ob_view *view = ob_take_array(call, packed, "packed", packed_spec(n, k, flags));
-    return view != NULL ? view->data : NULL;
+    return ob_take_packed_as(call, packed, OB_FORMAT_tile16, n, k, flags);
+}
+
+PyArrayObject *
+ob_new_packed_as(ob_format_id packing, size_t n, size_t k)
+{
+    ob_spec spec = ob_packed_spec(packing, n, k, 0);
+    return ob_new_typed(NPY_UINT8, 5, spec.dims, 0);
 }
 
 PyArrayObject *
 ob_new_packed(size_t n, size_t k)
 {
-    ob_spec spec = packed_spec(n, k, 0);
-    return ob_new_typed(NPY_UINT8, 5, spec.dims, 0);
+    return ob_new_packed_as(OB_FORMAT_tile16, n, k);
 }
 
 int
-ob_take_weights(ob_call *call, PyObject *packed, PyObject *scale, PyObject *bias, size_t n,
-                size_t k, unsigned flags, ob_weights *out)
+ob_take_weights(ob_call *call, PyObject *packed, ob_format_id packing, PyObject *scale,
+                PyObject *bias, size_t n, size_t k, unsigned flags, ob_weights *out)
 {
     const npy_intp rows = (npy_intp)n;
-    const uint8_t *codes = ob_take_packed(call, packed, n, k, flags);
+    const uint8_t *codes = ob_take_packed_as(call, packed, packing, n, k, flags);
     if (codes == NULL) {
         return -1;
     }
@@ -53,7 +88,7 @@ ob_take_weights(ob_call *call, PyObject *packed, PyObject *scale, PyObject *bias
     if (factors == NULL) {
         return -1;
     }
-    *out = (ob_weights){codes, n, k, factors->data, ob_view_dim(factors, 0), NULL};
+    *out = (ob_weights){codes, n, k, factors->data, ob_view_dim(factors, 0), NULL, packing};
     if (bias != NULL && bias != Py_None) {
         ob_view *offsets =
             ob_take_array(call, bias, "bias", (ob_spec){OB_KIND_F32, 0, 1, {rows}, NULL});

@@ -13,7 +13,7 @@
 #include "../base/config.h"
 #include "../onebit.h"
 
-#define OB_FORMAT_CHUNK 1024
+#define OB_FORMAT_CHUNK 1280 /* whole blocks of every packing: 256 and 20 divide it */
 
 typedef struct ob_extent {
     size_t rows, columns; /* stored */

@@ -9,6 +9,7 @@
 #include "tile16.h"
 #include "tq1_0.h"
 #include "tq2_0.h"
+#include "trits5.h"
 
 #include <stdatomic.h>
 #include <string.h>

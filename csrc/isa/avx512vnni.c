@@ -4,14 +4,9 @@
  *   vpdpbusd zmm     64 u8 x s8 products         2 / 1 per cycle     the limit
  *   vpsrlw, vpandd   decode 64 codes             left free by VNNI
  *   broadcast load   4 activations               folded into vpdpbusd's memory operand where it pays
- * Codes 0..2 are the unsigned operand; minus the sum of the activations makes them -1..1, exactly.
- *
- * Why asm and not the intrinsic: gcc 12 keeps 18 of 24 accumulators on the stack when vpdpbusd goes through
- * _mm512_dpbusd_epi32 (half the speed); a tied operand keeps them in registers. */
-#include <immintrin.h>
-#include <string.h>
-
+ * Codes 0..2 are the unsigned operand; minus the sum of the activations makes them -1..1, exactly. */
 #include "../kernels/kernel.h"
+#include "dot_avx512vnni.h"
 #include "vocabulary_avx512.h"
 
 #define OB_ISA_NAME avx512vnni
@@ -20,21 +15,6 @@
 #define OB_WEIGHT_ROWS 6
 
 /* ------------------------------------------------------------------ integer tiles */
-OB_INLINE __m512i
-dot4(__m512i acc, __m512i u8, __m512i s8)
-{
-    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(u8), "v"(s8));
-    return acc;
-}
-
-OB_INLINE __m512i
-broadcast4(const int8_t *p)
-{
-    int32_t four;
-    memcpy(&four, p, sizeof four);
-    return _mm512_set1_epi32(four);
-}
-
 OB_INLINE void
 finish_tile(size_t rows, __m512i sum[][4], const int32_t *offset, int32_t factor, ob_acc *acc)
 {

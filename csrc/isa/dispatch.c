@@ -22,11 +22,23 @@ static const struct {
 #undef OB_ISA
 };
 
+#if defined(__x86_64__) && !defined(OB_WITHOUT_trits_avx512vbmi) && !defined(OB_WITHOUT_avx512vnni)
+extern const ob_kernels ob_kernels__avx512vnni;
+void ob_dot_trits__avx512vbmi(size_t k, const uint8_t *trits_strip, const int8_t *x, int32_t sum,
+                              int32_t *acc);
+#define VBMI_TABLE (&ob_kernels__avx512vnni)
+#define VBMI_DOT ob_dot_trits__avx512vbmi
+#else
+#define VBMI_TABLE NULL
+#define VBMI_DOT NULL
+#endif
+
 enum { ISA_COUNT = sizeof isas / sizeof isas[0] };
 
 static pthread_once_t chosen = PTHREAD_ONCE_INIT;
 static _Atomic(const ob_kernels *) active;
 static char error[256]; /* written once, inside choose() */
+static int has_vbmi;    /* likewise */
 
 static void
 explain_unknown(const char *wanted)
@@ -43,6 +55,7 @@ static void
 choose(void)
 {
     size_t best = 0, i = 0;
+    has_vbmi = (ob_cpu_features() & OB_CPU_AVX512VBMI) != 0;
     for (i = 0; i < ISA_COUNT; i++) {
         best = ob_isa_supported(i) ? i : best;
     }
@@ -70,6 +83,12 @@ ob_kernels_active(void)
 {
     pthread_once(&chosen, choose);
     return atomic_load_explicit(&active, memory_order_acquire);
+}
+
+ob_dot_trits
+ob_dot_trits_active(void)
+{
+    return ob_kernels_active() == VBMI_TABLE && has_vbmi ? VBMI_DOT : NULL;
 }
 
 const ob_kernels *

@@ -25,6 +25,8 @@
 
 #include "codes.tmpl.h"
 
+#include "trits.tmpl.h"
+
 #include "../flip_rules/momentum.h"
 
 #include "../flip_rules/residual8.h"
@@ -60,6 +62,7 @@ const ob_kernels OB_TABLE_NAME(OB_ISA_NAME) = {
     .column_absmax = column_absmax,
     .quantize_columns_sr = quantize_columns_sr,
     .dot_forward = dot_forward,
+    .decode_trits = decode_trits,
     .decode_input_panel = decode_input_panel,
     .dot_input = dot_input,
     .pack_token_panel = pack_token_panel,

@@ -9,6 +9,7 @@
 #include "../base/config.h"
 #include "../base/rng.h"
 #include "../formats/tile16.h"
+#include "../formats/trits5.h"
 #include "../onebit.h"
 
 #define OB_STRIP 64       /* columns of every tile: outputs in forward, inputs in dX and dW */
@@ -96,6 +97,9 @@ typedef struct ob_kernels {
     /* Strip `packed_strip` (k_steps, 4, 16, 4): acc[r][o] = sum_k T_ok x[r][k]; rows <= forward_rows. */
     void (*dot_forward)(size_t rows, size_t k_steps, const uint8_t *packed_strip, const int8_t *x,
                         size_t ldx, const int32_t *sum, ob_acc *acc);
+    /* Strip (steps, 4, 16, 4) of trits5 -> strip (k_steps, 4, 16, 4) of tile16, steps = ceil(K/20); codes beyond 20 * steps
+     * columns are 0, where x is 0 too. */
+    void (*decode_trits)(size_t steps, size_t k_steps, const uint8_t *trits, uint8_t *packed_strip);
     /* Decode columns of strip j (up to 4 k-steps from 4j) of the whole plane into this ISA's panel of
      * ob_padded_k(N) * 64 bytes. */
     void (*decode_input_panel)(size_t n, size_t k_steps, const uint8_t *packed, size_t strip,
@@ -127,6 +131,12 @@ typedef struct ob_kernels {
 /* One table per line of isa/isas.def. */
 const ob_kernels *ob_kernels_active(void); /* dispatch.c: picks once */
 const ob_kernels *ob_kernels_at(size_t i);
+
+/* One token on a strip of trits5: acc[o] = sum_k T_ok x[k], x (ob_padded_k(K),), sum of x.  Not in the table, because of two
+ * processors with the same table one may have the look-up of 64 bytes that it needs.  NULL: decode_trits, dot_forward. */
+typedef void (*ob_dot_trits)(size_t k, const uint8_t *trits_strip, const int8_t *x, int32_t sum,
+                             int32_t *acc);
+ob_dot_trits ob_dot_trits_active(void); /* dispatch.c */
 
 /* peak.c: the active table's int8 multiply-add from registers; returns how many were done, 0 if it has none. */
 uint64_t ob_isa_multiply(size_t rounds);

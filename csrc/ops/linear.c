@@ -45,7 +45,8 @@ typedef struct product {
     int8_t *q;       /* (M, padded) */
     float *scale;    /* (M,) */
     int32_t *sum;    /* (M,) */
-    uint8_t *panels; /* dX: one per thread */
+    uint8_t *panels; /* dX, and trits5 without dot_trits: one per thread */
+    ob_dot_trits dot_trits;
     uint64_t key;
     size_t threads;       /* panels */
     size_t block, blocks; /* tokens per task, tasks per strip */
@@ -58,7 +59,7 @@ row_of(const void *base, ob_dtype dt, size_t index)
     return (const char *)base + index * ob_dtype_bytes(dt);
 }
 
-enum { QUANTIZE_ROWS = 16 };
+enum { QUANTIZE_ROWS = 16, DIRECT_ROWS = 8 /* up to here dot_trits beats decoding */ };
 
 static void
 quantize_forward_rows(void *arg, size_t task, size_t thread)
@@ -88,24 +89,57 @@ quantize_gradient_rows(void *arg, size_t task, size_t thread)
     }
 }
 
+/* y of tokens t .. t + rows - 1 and the strip that starts at output n0 */
+static void
+store_outputs(const product *p, size_t n0, size_t t, size_t rows, const ob_acc *acc)
+{
+    const ob_weights *w = p->w;
+    p->kernels->store_rows(p->dt, rows, OB_MIN(w->n - n0, (size_t)OB_STRIP), acc, p->scale + t,
+                           w->scale + (w->scale_len == 1 ? 0 : n0), w->scale_len,
+                           w->bias ? w->bias + n0 : NULL,
+                           (char *)p->out + (t * w->n + n0) * ob_dtype_bytes(p->dt), w->n);
+}
+
+static void
+forward_tokens(const product *p, const uint8_t *packed, size_t n0, size_t t, size_t end)
+{
+    for (size_t rows; t < end; t += rows) {
+        ob_acc acc[OB_MAX_ROWS];
+        rows = tile_height(end - t, p->kernels->forward_rows);
+        p->kernels->dot_forward(rows, p->padded / 16, packed, p->q + t * p->padded, p->padded,
+                                p->sum + t, acc);
+        store_outputs(p, n0, t, rows, (const ob_acc *)acc);
+    }
+}
+
 static void
 forward_task(void *arg, size_t task, size_t thread)
 {
     const product *p = arg;
-    const ob_weights *w = p->w;
-    size_t strip = task / p->blocks, k_steps = p->padded / 16, n0 = strip * OB_STRIP;
-    size_t columns = OB_MIN(w->n - n0, (size_t)OB_STRIP),
-           end = OB_MIN(p->m, (task % p->blocks + 1) * p->block);
-    const float *s = w->scale + (w->scale_len == 1 ? 0 : n0);
+    size_t strip = task / p->blocks, t = task % p->blocks * p->block;
     (void)thread;
-    for (size_t t = task % p->blocks * p->block, rows; t < end; t += rows) {
-        ob_acc acc[OB_MAX_ROWS];
-        rows = tile_height(end - t, p->kernels->forward_rows);
-        p->kernels->dot_forward(rows, k_steps, w->packed + strip * k_steps * 256,
-                                p->q + t * p->padded, p->padded, p->sum + t, acc);
-        p->kernels->store_rows(p->dt, rows, columns, (const ob_acc *)acc, p->scale + t, s,
-                               w->scale_len, w->bias ? w->bias + n0 : NULL,
-                               (char *)p->out + (t * w->n + n0) * ob_dtype_bytes(p->dt), w->n);
+    forward_tokens(p, p->w->packed + strip * p->padded * 16, strip * OB_STRIP, t,
+                   OB_MIN(p->m, t + p->block));
+}
+
+/* The same from trits5: token by token where that is fastest, else by way of a tile16 strip. */
+static void
+forward_trits_task(void *arg, size_t task, size_t thread)
+{
+    const product *p = arg;
+    size_t strip = task / p->blocks, t = task % p->blocks * p->block, n0 = strip * OB_STRIP;
+    size_t steps = ob_trits5_steps(p->inner), end = OB_MIN(p->m, t + p->block);
+    const uint8_t *trits = p->w->packed + strip * steps * 256;
+    if (p->panels) {
+        uint8_t *panel = p->panels + thread * p->padded * 16;
+        p->kernels->decode_trits(steps, p->padded / 16, trits, panel);
+        forward_tokens(p, panel, n0, t, end);
+        return;
+    }
+    for (; t < end; t++) {
+        ob_acc acc;
+        p->dot_trits(p->inner, trits, p->q + t * p->padded, p->sum[t], acc);
+        store_outputs(p, n0, t, 1, (const ob_acc *)&acc);
     }
 }
 
@@ -148,18 +182,22 @@ ob_status
 ob_linear_forward(const ob_weights *w, size_t m, ob_dtype dt, const void *x, void *y, int8_t *xq,
                   float *sx)
 {
-    ob_status status = ob_check_weights(w);
-    size_t padded = ob_padded_k(w->k), q_bytes, bytes;
+    ob_status status = ob_check_weights(w, OB_FORMAT_trits5);
+    size_t padded = ob_padded_k(w->k), threads = ob_num_threads(), q_bytes, panel_bytes, bytes;
+    ob_dot_trits dot_trits = ob_dot_trits_active();
+    int trits = w->packing == OB_FORMAT_trits5, decode = trits && (!dot_trits || m > DIRECT_ROWS);
     if (status != OB_OK) {
         return status;
     }
-    if (!ob_mul(m, padded, &q_bytes) || !ob_mul(m, w->n, &bytes) || bytes > SIZE_MAX / 4) {
+    if (!ob_mul(m, padded, &q_bytes) || !ob_mul(m, w->n, &bytes) || bytes > SIZE_MAX / 4 ||
+        !ob_mul(padded * 16, threads, &panel_bytes)) {
         return OB_OVERFLOW;
     }
     int32_t *sum = ob_scratch_take(m * sizeof *sum);
     int8_t *q = xq ? xq : ob_scratch_take(q_bytes);
     float *scale = sx ? sx : ob_scratch_take(m * sizeof *scale);
-    if (sum && q && scale) {
+    uint8_t *panels = decode ? ob_scratch_take(panel_bytes) : NULL;
+    if (sum && q && scale && (panels || !decode)) {
         product p = {.kernels = ob_kernels_active(),
                      .w = w,
                      .dt = dt,
@@ -172,18 +210,18 @@ ob_linear_forward(const ob_weights *w, size_t m, ob_dtype dt, const void *x, voi
                      .q = q,
                      .scale = scale,
                      .sum = sum,
-                     .threads = ob_num_threads()};
-        run_product(&p, p.kernels->forward_rows, quantize_forward_rows, forward_task);
+                     .panels = panels,
+                     .dot_trits = dot_trits,
+                     .threads = threads};
+        run_product(&p, p.kernels->forward_rows, quantize_forward_rows,
+                    trits ? forward_trits_task : forward_task);
     }
     else {
         status = OB_NO_MEMORY;
     }
-    if (!sx) {
-        ob_scratch_give(scale);
-    }
-    if (!xq) {
-        ob_scratch_give(q);
-    }
+    ob_scratch_give(panels);
+    ob_scratch_give(sx ? NULL : scale);
+    ob_scratch_give(xq ? NULL : q);
     ob_scratch_give(sum);
     return status;
 }
@@ -192,7 +230,7 @@ ob_status
 ob_linear_backward_input(const ob_weights *w, size_t m, ob_dtype dt, const void *dy, void *dx,
                          const double *control, size_t *nonfinite)
 {
-    ob_status status = ob_check_weights(w);
+    ob_status status = ob_check_weights(w, OB_FORMAT_tile16);
     size_t padded = ob_padded_k(w->n), threads = ob_num_threads(), q_bytes, panel_bytes, bytes;
     if (status != OB_OK) {
         return status;

@@ -11,10 +11,13 @@ ob_dtype_bytes(ob_dtype dt)
     return dt == OB_F32 ? 4 : 2;
 }
 
-/* The domain that every operation shares: K within int32's reach, a scale per tensor or per row. */
+/* The domain that every operation shares: K within int32's reach, a scale per tensor or per row, tile16 (or `also`). */
 OB_INLINE ob_status
-ob_check_weights(const ob_weights *w)
+ob_check_weights(const ob_weights *w, ob_format_id also)
 {
+    if (w->packing != OB_FORMAT_tile16 && w->packing != also) {
+        return OB_UNSUPPORTED;
+    }
     if (w->k > OB_MAX_K || w->n > SIZE_MAX / 64) {
         return OB_OVERFLOW;
     }

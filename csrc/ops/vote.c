@@ -303,7 +303,7 @@ ob_vote(const ob_weights *w, size_t m, ob_dtype dt, const void *dy, const int8_t
         const float *sx, ob_planes *planes, const double *control, float *ds, float *db,
         size_t *nonfinite)
 {
-    ob_status status = ob_check_weights(w);
+    ob_status status = ob_check_weights(w, OB_FORMAT_tile16);
     size_t chunks = OB_CEIL_DIV(m, (size_t)OB_TOKENS_PER_VOTE), bytes;
     if (status != OB_OK) {
         return status;

@@ -23,6 +23,21 @@ quantize_token(ob_dtype dt, size_t inputs, const void *x, size_t first, int8_t *
     return a / 127.0f;
 }
 
+/* T[n][k] in -1, 0, 1, of either packing; trits5: (ceil(N/64), ceil(K/20), 4, 16, 4), five codes a byte */
+static int
+forward_code(const ob_weights *w, size_t n, size_t k)
+{
+    if (w->packing == OB_FORMAT_tile16) {
+        return ob_ref_code(w->packed, w->k, n, k);
+    }
+    static const int power[4] = {1, 3, 9, 27};
+    size_t line = (n / 64 * OB_CEIL_DIV(w->k, 20) + k / 20) * 4 + n % 64 / 16;
+    int byte = w->packed[line * 64 + n % 16 * 4 + k % 4], digit = (int)(k % 20 / 4);
+    int four = byte < 192 ? byte % 64 : 64 + (byte - 192) % 17;
+    int fifth = byte < 192 ? byte / 64 : (byte - 192) / 17;
+    return (digit == 4 ? fifth : four / power[digit] % 3) - 1;
+}
+
 ob_status
 ob_reference_linear_forward(const ob_weights *w, size_t m_count, ob_dtype dt, const void *x,
                             void *y, int8_t *xq, float *sx)
@@ -43,7 +58,7 @@ ob_reference_linear_forward(const ob_weights *w, size_t m_count, ob_dtype dt, co
         for (size_t n = 0; n < w->n; n++) {
             int32_t acc = 0;
             for (size_t k = 0; k < w->k; k++) {
-                acc += ob_ref_code(w->packed, w->k, n, k) * q[k];
+                acc += forward_code(w, n, k) * q[k];
             }
             float v = (float)acc * (token_scale * ob_ref_scale(w, n));
             if (w->bias != NULL) {

@@ -147,6 +147,8 @@ def _plan(args: argparse.Namespace, setting: Any) -> Iterator[Task]:
     for n, k in shapes:
         for m in args.tokens or TOKENS[: -1 if args.quick else None]:
             yield f"forward M={m} {n}x{k}", partial(ops.forward, setting, n, k, m)
+        if 1 in (args.tokens or TOKENS):
+            yield f"GEMV, 1.6 bits {n}x{k}", partial(ops.trits, setting, n, k)
         for m in (128, 512, 2048) if args.full else (512,):
             yield f"dX M={m} {n}x{k}", partial(ops.backward_input, setting, n, k, m)
             yield f"dW and vote M={m} {n}x{k}", partial(ops.vote, setting, n, k, m)

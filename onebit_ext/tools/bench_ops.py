@@ -215,6 +215,33 @@ def forward(setting: Setting, n: int, k: int, m: int) -> Row:
     return row
 
 
+def trits(setting: Setting, n: int, k: int) -> Row:
+    """One token on weights of 1.6 bits beside ours of 2 bits, both from DRAM, and beside a plain read of the former."""
+    layer = Layer(n, k, 1, dram_copies(n * k // 4))
+    first = ob.pack(layer.codes, "trits5")
+    block = ob.empty((dram_copies(first.nbytes), *first.shape), np.uint8)
+    block[...] = first
+    planes, y = list(block), ob.empty((1, n), np.float32)
+
+    def run() -> None:
+        for packed in planes:
+            ob.linear_forward(layer.x, packed, layer.scale, n, out=y, packing="trits5")
+
+    limit = stream(READ, _core.limit_read, planes)
+    work = {"MAC": len(planes) * layer.macs, **limit.work}
+    two = ours(layer, layer.forward, name="2 bits")
+    row = Row(
+        "GEMV, 1.6 bits, weights from DRAM",
+        f"{n}x{k}",
+        1,
+        setting.threads,
+        setting.alternate([Contender("ours", run, work), two, limit]),
+    )
+    row.hold("x ours of 2 bits", "ours", "2 bits", 1.15 if setting.threads == 1 else None)
+    row.hold("of a plain read", "ours", READ, unit="B")
+    return row
+
+
 def backward_input(setting: Setting, n: int, k: int, m: int) -> Row:
     layer = Layer(n, k, m)
     contenders = [ours(layer, layer.backward_input), peak()]

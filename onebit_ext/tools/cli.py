@@ -16,6 +16,7 @@ SUBCOMMANDS = (
     "convert",
     "inspect",
     "bench",
+    "study",
 )  # a module each, with HELP, DESCRIPTION, add_arguments(parser) and run(args) -> exit code
 
 DESCRIPTION = """\

@@ -1,4 +1,4 @@
-"""Text for the demo: every Python installation carries it. Bytes in, bytes out; numpy only.
+"""Text for the demo and the study: every installation of Python and torch carries it. Bytes in, bytes out; numpy only.
 
 A `Corpus` is training and held-out text whose lines share no 48 bytes in a row, with the losses
 of simple models on the held-out part, in nats per byte.
@@ -12,7 +12,10 @@ import os
 import re
 import sysconfig
 import zlib
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -46,24 +49,49 @@ class Corpus:
     train: Bytes
     held_out: Bytes
     cut: int
-    baselines: dict[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def baselines(self) -> dict[str, float]:
+        losses = {
+            label: ngram_loss(self.train, self.held_out, order)
+            for order, label in enumerate(("unigram", "bigram", "trigram"))
+        }
+        return losses | {"zlib -9": zlib_loss(self.held_out)}
 
 
 def standard_library() -> Corpus:
     """The standard library's .py files (about 8 MB); held out by the hash of the path."""
     root = Path(sysconfig.get_path("stdlib"))
-    train: list[bytes] = []
-    held_out: list[bytes] = []
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith(SKIPPED))
-        for path in sorted(Path(folder, name) for name in files if name.endswith(".py")):
-            content = path.read_bytes()
-            if len(content) >= 2000:
-                digest = hashlib.md5(path.relative_to(root).as_posix().encode(), usedforsecurity=False).hexdigest()
-                (held_out if int(digest[:8], 16) % 16 == 0 else train).append(content[:100_000])
+    train, held_out = _files(root, (".py",))
     if not train:
         raise UserError(f"no Python sources under {root}: install them (Debian: libpython3-stdlib)")
     return _corpus("code", train, held_out)
+
+
+def headers() -> Corpus:
+    """The C++ headers that torch carries (about 30 MB); held out by the hash of the path."""
+    root = _package("torch") / "include"
+    train, held_out = _files(root, (".h", ".hpp", ".cuh"))
+    if not train:
+        raise UserError(f"no C++ headers under {root}: this torch is built without them, leave the task 'long' out")
+    return _corpus("headers", train, held_out)
+
+
+def docstrings() -> Corpus:
+    """The long docstrings of torch and numpy, English with examples (about 5 MB); held out by the hash of the path."""
+    seen: set[str] = set()
+
+    def prose(content: bytes) -> bytes:
+        found = [_dedent(part) for part in re.findall(rb'"""(.*?)"""', content, re.DOTALL) if len(part) >= 200]
+        return _unique_paragraphs(b"\n\n".join(found).decode("utf-8", "surrogateescape"), seen)
+
+    train: list[bytes] = []
+    held_out: list[bytes] = []
+    for name in ("torch", "numpy"):
+        more, more_held_out = _files(_package(name), (".py",), prose)
+        train += more
+        held_out += more_held_out
+    return _corpus("docstrings", train, held_out)
 
 
 def documentation() -> Corpus:
@@ -174,6 +202,33 @@ def _every_eighth(parts: list[bytes]) -> tuple[list[bytes], list[bytes]]:
     return [part for i, part in enumerate(parts) if i % 8 != 3], parts[3::8]
 
 
+def _files(
+    root: Path, suffixes: tuple[str, ...], read: Callable[[bytes], bytes] = bytes
+) -> tuple[list[bytes], list[bytes]]:
+    """What `read` leaves of the files under root, if long enough: to train on, held out (a sixteenth, by the path)."""
+    train: list[bytes] = []
+    held_out: list[bytes] = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(SKIPPED))
+        for path in sorted(Path(folder, name) for name in files if name.endswith(suffixes)):
+            content = read(path.read_bytes())
+            if len(content) >= 2000:
+                digest = hashlib.md5(path.relative_to(root).as_posix().encode(), usedforsecurity=False).hexdigest()
+                (held_out if int(digest[:8], 16) % 16 == 0 else train).append(content[:100_000])
+    return train, held_out
+
+
+def _package(name: str) -> Path:
+    spec = find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"{name} is missing: pip install 'onebit-ext[study]'")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _dedent(docstring: bytes) -> bytes:
+    return re.sub(rb"\n[ \t]+", b"\n", docstring)
+
+
 def _corpus(name: str, train_parts: list[bytes], held_out_parts: list[bytes]) -> Corpus:
     train, whole = b"\n\n".join(train_parts), b"\n\n".join(held_out_parts)
     kept = cut_leaks(train, whole)
@@ -182,8 +237,4 @@ def _corpus(name: str, train_parts: list[bytes], held_out_parts: list[bytes]) ->
             f"'{name}' leaves {len(kept):,} held-out bytes once repeats are cut, "
             f"{MIN_HELD_OUT:,} are needed: take a longer text"
         )
-    corpus = Corpus(name, np.frombuffer(train, np.uint8), np.frombuffer(kept, np.uint8), len(whole) - len(kept))
-    for order, label in enumerate(("unigram", "bigram", "trigram")):
-        corpus.baselines[label] = ngram_loss(corpus.train, corpus.held_out, order)
-    corpus.baselines["zlib -9"] = zlib_loss(corpus.held_out)
-    return corpus
+    return Corpus(name, np.frombuffer(train, np.uint8), np.frombuffer(kept, np.uint8), len(whole) - len(kept))

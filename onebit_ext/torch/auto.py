@@ -30,7 +30,8 @@ class AutoFlip:
     with scale_lr on the same schedule, in place of the optimizer's own update.  `remove()` ends it.
 
     The flip rule's arguments are FlipOptimizer's.  With stripes > 1, which need stripe_steps, eta follows a warmup and
-    cosine of its own in every stripe instead of the optimizer's schedule.
+    cosine of its own in every stripe instead of the optimizer's schedule.  A vote plane is never saved: a state taken
+    between micro-batches is refused.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class AutoFlip:
         rule: str | None = None,
         stripes: int = 1,
         stripe_steps: int | None = None,
+        vote_plane: bool = False,
     ) -> None:
         chosen = choose_rule(recipe, residual_bits, momentum_bits, rule)
         if chosen is None:
@@ -64,6 +66,7 @@ class AutoFlip:
             "cap": cap,
             "betas": betas,
             "stripes": stripes,
+            "vote_plane": vote_plane,
         }
         found = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, BitLinear)]
         self._layers = [(name, weakref.ref(layer)) for name, layer in found]
@@ -159,7 +162,8 @@ class AutoFlip:
     # ------------------------------------------------------------------ one layer
     def _link(self, optimizer: torch.optim.Optimizer, group: int, layer: BitLinear, planes: dict[str, Tensor]) -> None:
         """Into the optimizer's state, controls as bytes: torch casts what it loads to the scale's float32."""
-        for name, value in planes.items():
+        for name in planes.keys() - {"votes"}:
+            value = planes[name]
             optimizer.state[layer.scale][PREFIX + name] = value.view(torch.uint8) if name in CONTROLS else value
         layer.attach(planes, self.rule)
         layer.control, layer._start = planes["draws"], None
@@ -204,8 +208,9 @@ class AutoFlip:
                     saved[key] = saved[key].to(torch.uint8, copy=True).view(torch.float64)
             wanted = kinds(layer, self.rule)
             saved = {k: v if k in CONTROLS or k not in wanted else v.to(wanted[k][1]) for k, v in saved.items()}
-            check(layer, saved, self.rule, self.stripes, f"AutoFlip: state of {name!r}")
-            planes |= repool(layer, saved)
+            held = self._options["vote_plane"]
+            check(layer, saved, self.rule, self.stripes, f"AutoFlip: state of {name!r}", held)
+            planes |= repool(layer, saved, held)
             self._link(optimizer, group, layer, planes)
 
 

@@ -8,6 +8,9 @@ It needs no call: with `torch.distributed` initialised, the step of any optimize
   * compares, each `check_every` steps, a hash of codes, scales and factors.
 Float parameters are DistributedDataParallel's business.  A rank's vote counts 1/ranks, so it is clipped at
 +-3 sqrt(ranks); the clip in the planes' control tells how many ranks trained it.
+With vote planes their means are taken instead of the residuals', by any rule: int16 with one rounding of 1/1024, about
+4 bytes per weight.  The mean is clipped at +-3 and casts one vote, so all planes are the same on every rank, and their
+number may change between two steps.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ COUNTS = ("nonfinite", "micro", "sketch_energy")
 def combine(layers: Sequence[BitLinear]) -> None:
     """Make the planes of `layers` those of all ranks; every rank must call it with the same layers.
 
-    RuntimeError if the ranks hold different codes, if their number changed, or for a rule without an integer residual.
+    RuntimeError if the ranks hold different codes, or, without vote planes, if their number changed or for a rule
+    without an integer residual.
     A layer that met a non-finite gradient on any rank is flagged on all of them, and its votes stay apart.
     """
     world = world_size()
@@ -57,7 +61,7 @@ def combine(layers: Sequence[BitLinear]) -> None:
         for layer in voting:
             control = _control(layer)
             if control[CONTROL["step"]] > 0 and control[CONTROL["micro"]] > 0 and not control[CONTROL["nonfinite"]]:
-                _combine_residual(layer, world)
+                _combine_plane(layer, "votes" if "votes" in layer._planes else "residual", world)  # type: ignore[operator]
     ranks.state.combined = True
 
 
@@ -75,11 +79,14 @@ def _check_ranks(layer: BitLinear, world: int) -> None:
     """The clip belongs to the number of ranks; it is set before a layer's first vote."""
     assert layer._planes is not None
     control = _control(layer)
+    if "votes" in layer._planes and control[CONTROL["clip"]] == CLIP:
+        return
     clip, wanted = control[CONTROL["clip"]], CLIP * math.sqrt(world)
     residual = layer._planes.get("residual", layer.weight)
     if world > 1 and ("momentum" in layer._planes or residual.dtype not in (torch.int8, torch.int16)):
         raise RuntimeError(
-            f"{world} ranks: only rules with an integer residual and no momentum can be combined; use recipe='finetune'"
+            f"{world} ranks: only rules with an integer residual and no momentum can be combined; use "
+            "recipe='finetune', or vote_plane=True, which combines every rule"
         )
     if clip == wanted:
         return
@@ -166,11 +173,11 @@ def _gather(mine: Tensor) -> Tensor:
     return gathered.view(world_size(), -1)
 
 
-# ------------------------------------------------------------------ residuals
-def _combine_residual(layer: BitLinear, world: int) -> None:
-    """The mean of the ranks' residuals; every rank averages its share of the plane and sends it to all."""
+# ------------------------------------------------------------------ planes
+def _combine_plane(layer: BitLinear, name: str, world: int) -> None:
+    """The mean of the ranks' residuals or votes; every rank averages its share of the plane and sends it to all."""
     assert layer._planes is not None
-    plane = layer._planes["residual"]
+    plane = layer._planes[name]
     share = math.ceil(plane.numel() / world)
     padded = plane.new_zeros(world * share)
     padded[: plane.numel()] = plane.reshape(-1)

@@ -24,14 +24,24 @@ def weight_count(model: nn.Module) -> int:
 
 def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
     """Bytes that live between two steps for the ternary layers of `model`: each storage once, of everything reachable
-    from a layer and from what `optimizer` (or AutoFlip) holds for its parameters; gradients are not in it."""
-    storages: dict[int, int] = {}
-    for layer in ternary_layers(model):
-        owned = [optimizer.state.get(p) for p in layer.parameters()] if optimizer else []
-        for tensor in _tensors([vars(layer), owned]):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    from a layer and from what `optimizer` (or AutoFlip) holds for its parameters; gradients are not in it, nor vote
+    planes, which hold something between micro-batches only."""
+    layers = ternary_layers(model)
+    owned = [optimizer.state.get(p) for layer in layers for p in layer.parameters()] if optimizer else []
+    return _bytes([[vars(layer) for layer in layers], owned], skip="votes")
+
+
+def training_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the whole training state now: parameters, buffers, gradients, optimizer state; no activations."""
+    owners = [[vars(module) for module in model.modules()], [*optimizer.state.values()]]
+    gradients = [tensor.grad for tensor in _tensors(owners) if tensor.is_leaf]
+    return _bytes([owners, gradients])
+
+
+def _bytes(owners: Any, skip: str = "") -> int:
+    """Of every storage that is reachable from `owners`, once, but not by the name `skip`."""
+    storages = (tensor.untyped_storage() for tensor in _tensors(owners, skip))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def bits_per_weight(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> float:
@@ -49,11 +59,11 @@ def gradient_bytes(model: nn.Module) -> int:
     )
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: Any, skip: str = "") -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
+        yield from _tensors([item for name, item in value.items() if name != skip], skip)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from _tensors(item, skip)

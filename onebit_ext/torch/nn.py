@@ -178,7 +178,7 @@ class BitLinear(nn.Module):
     def attach(self, planes: dict[str, Tensor] | None, rule: str | None = None) -> None:
         """For optimizers: vote by `rule` into these planes, which stay the optimizer's, or into none."""
         self._planes, self._latent = planes, None
-        self._moves = rule in _core.RULES_MOVING_IN_VOTE
+        self._moves = rule in _core.RULES_MOVING_IN_VOTE and planes is not None and "votes" not in planes
 
     def codes(self) -> Tensor:
         """The codes T, int8 (N, K), a copy."""

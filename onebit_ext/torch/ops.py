@@ -21,7 +21,10 @@ from onebit_ext import _core
 from . import ranks
 
 CONTROL = _core.CONTROL
-PLANES = tuple(dict.fromkeys(n for rule in _core.RULES for n in _core.plane_specs(1, 1, rule) if n != "control"))
+PLANES = (
+    *dict.fromkeys(name for rule in _core.RULES for name in _core.plane_specs(1, 1, rule) if name != "control"),
+    "votes",  # optional with every rule
+)
 MICRO_LIMIT = 16384  # micro-batches without a step(): 1024 accumulated batches of a layer used 16 times
 
 _suspended = 0
@@ -50,15 +53,16 @@ def array(tensor: Tensor) -> np.ndarray[Any, Any]:
 
 
 @functools.cache
-def _plane_names(rule: int) -> tuple[str, ...]:
+def _plane_names(rule: int, count: int) -> tuple[str, ...]:
+    """Names of `count` planes of a rule; one more than it needs is a vote plane."""
     names = _core.plane_specs(1, 1, _core.RULES[rule])
-    return tuple(name for name in PLANES if name in names)
+    return tuple(name for name in PLANES if name in names or (name == "votes" and count == len(names)))
 
 
 def plane_arrays(control: Tensor, planes: Sequence[Tensor]) -> dict[str, np.ndarray[Any, Any]]:
     """The planes as `_core` takes them, views."""
     fields = array(control)
-    names = _plane_names(int(fields[CONTROL["rule"]]))
+    names = _plane_names(int(fields[CONTROL["rule"]]), len(planes))
     return {name: array(plane) for name, plane in zip(names, planes, strict=True)} | {"control": fields}
 
 
@@ -287,7 +291,7 @@ def flip(weight: Tensor, control: Tensor, planes: Sequence[Tensor]) -> None:
 
 @torch.library.custom_op("onebit::discard", mutates_args=("control", "planes"), device_types="cpu")
 def discard(control: Tensor, planes: Sequence[Tensor]) -> None:
-    """Forget this step's sums; the votes stay in the residual and no code moves."""
+    """Forget this step's sums; votes stay in the residual, but not in a vote plane, and no code moves."""
     _core.discard(plane_arrays(control, planes))
 
 

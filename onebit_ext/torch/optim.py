@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, planes
 from .nn import BitLinear, layer_of, plane_list
 from .planes import CONTROL, check, choose_rule, control_of, field, new_planes, nonfinite, repool, rotate
 from .stats import layer_stats
@@ -57,12 +57,13 @@ class FlipOptimizer(torch.optim.Optimizer):
             planes; after stripe_steps steps of a layer the next stripe's turn comes.  None: `cosine_schedule` sets it.
         flip_rate_cap: share of codes a layer may flip per step before the guard slows it; None: 2.5 %; 0: no guard.
         seed: of all stochastic rounding.
+        vote_plane: a step's votes meet in int16 and count as one vote in step(), so that micro-batches and ranks train
+            as one batch, by any rule; that plane is zero between steps, and not in state_dict() then.
         on_nonfinite: "raise" FloatingPointError in step() before any write, or "skip" what is not finite and count it
             in `nonfinite_skipped`.
 
-    Backward votes, `step()` flips.  A layer's first step only measures.  All training state is in `state`: int8
-    residual and float64 control under the codes, Adam moments under scales and floats, so `state_dict()` resumes to
-    the bit.
+    Backward votes, `step()` flips.  A layer's first step only measures.  All training state is in `state`: planes and
+    control under the codes, Adam moments under scales and floats, so `state_dict()` resumes to the bit.
     With a GradScaler a skipped step moves no code; if `scaler.unscale_` is used, set `grad_scaler` to the scaler.
     """
 
@@ -85,6 +86,7 @@ class FlipOptimizer(torch.optim.Optimizer):
         rule: str | None = None,
         stripes: int = 1,
         stripe_steps: int | None = None,
+        vote_plane: bool = False,
     ) -> None:
         rates = {"lr": lr, "float_lr": float_lr, "scale_lr": scale_lr, "weight_decay": weight_decay}
         for name, value in {**rates, "flip_rate_cap": flip_rate_cap or 0.0}.items():
@@ -102,6 +104,7 @@ class FlipOptimizer(torch.optim.Optimizer):
             )
         self.rule = self._choose_rule(recipe, residual_bits, momentum_bits, rule)
         self.stripes, self._stripe_steps = stripes, stripe_steps
+        self.vote_plane = vote_plane
         self.seed, self.on_nonfinite = seed, on_nonfinite
         self.nonfinite_skipped = 0
         self.grad_scaler: torch.amp.GradScaler | None = None
@@ -195,7 +198,8 @@ class FlipOptimizer(torch.optim.Optimizer):
     def _make_planes(self, layer: BitLinear) -> None:
         assert self.rule is not None
         group = self._group_of(layer)
-        options = {"seed": self.seed, "layer": self._layers.index(layer), "stripes": self.stripes}
+        options: dict[str, Any] = {"seed": self.seed, "layer": self._layers.index(layer), "stripes": self.stripes}
+        options["vote_plane"] = self.vote_plane
         state = self.state[layer.weight]
         state.update(new_planes(layer, self.rule, betas=group["betas"], eta=float(group["lr"]), **options))
         layer.attach(state, self.rule)
@@ -213,8 +217,8 @@ class FlipOptimizer(torch.optim.Optimizer):
     @property
     def flip_rate(self) -> float:
         """Share of all codes that the last step moved."""
-        total = sum(layer.in_features * layer.out_features for layer in self._layers)
-        return sum(field(control_of(layer), "moved") for layer in self._layers) / max(total, 1)
+        total = sum(layer.in_features * layer.out_features for layer in self._layers) or 1
+        return sum(field(control_of(layer), "moved") for layer in self._layers) / total
 
     def stats(self) -> list[dict[str, Any]]:
         """What a logger wants to know of each layer; see `layer_stats`."""
@@ -240,7 +244,8 @@ class FlipOptimizer(torch.optim.Optimizer):
         return loss
 
     def discard(self) -> None:
-        """Give up this step's gradients of the codes: sums and non-finite flags go, votes stay, no code moves."""
+        """Give up this step's gradients of the codes: sums, non-finite flags and what a vote plane holds go, other
+        votes stay, no code moves."""
         for layer in self._layers:
             self._discard(layer)
 
@@ -252,7 +257,6 @@ class FlipOptimizer(torch.optim.Optimizer):
                     f"FlipOptimizer: {self._names[layer]!r} is no longer this optimizer's: its codes were replaced "
                     "(load_state_dict(assign=True)?) or another optimizer took the layer"
                 )
-
         if any(group["stripe_steps"] is None for group in self._codes_groups()) and self.stripes > 1:
             raise RuntimeError(
                 f"FlipOptimizer: stripes={self.stripes} needs stripe_steps; give it, or call cosine_schedule"
@@ -285,6 +289,8 @@ class FlipOptimizer(torch.optim.Optimizer):
             if assumed != scale and layer._planes is not None:
                 for name in ("row_sum", "col_sum"):
                     layer._planes[name].mul_((assumed / scale) ** 2)
+                if "votes" in layer._planes:
+                    planes.rescale_votes(layer._planes["votes"], assumed / scale)
             control[CONTROL["grad_scale"]] = scale
         return unscale
 
@@ -345,12 +351,18 @@ class FlipOptimizer(torch.optim.Optimizer):
             self._refresh_controls()
 
     def _flip_layer(self, layer: BitLinear) -> None:
-        planes = self.state[layer.weight]
-        ops.flip(layer.weight, planes["control"], plane_list(planes))
+        state = self.state[layer.weight]
+        ops.flip(layer.weight, state["control"], plane_list(state))
         if self.stripes > 1:
-            rotate(layer, planes, self._group_of(layer)["stripe_steps"])
+            rotate(layer, state, self._group_of(layer)["stripe_steps"])
 
     # ------------------------------------------------------------------ saving
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, without vote planes that are zero."""
+        saved = super().state_dict()
+        saved["state"] = {key: planes.without_empty_votes(value) for key, value in saved["state"].items()}
+        return saved
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, after checking every plane; the layers vote into the loaded planes from here on."""
         self._check_state(state_dict)
@@ -367,7 +379,7 @@ class FlipOptimizer(torch.optim.Optimizer):
         """The layer votes into loaded planes."""
         trains = "control" in state
         if trains:
-            state.update(repool(layer, state))
+            state.update(repool(layer, state, self.vote_plane))
         layer.control = state["draws"]
         layer.attach(state if trains else None, self.rule)
 
@@ -381,8 +393,8 @@ class FlipOptimizer(torch.optim.Optimizer):
             for weight, key in zip(mine["params"], saved["params"], strict=True):
                 layer = layer_of(weight)
                 assert layer is not None
-                planes = state_dict["state"].get(key, {})
-                self._check_planes(layer, planes, f"FlipOptimizer: state of {self._names[layer]!r}")
+                where = f"FlipOptimizer: state of {self._names[layer]!r}"
+                self._check_planes(layer, state_dict["state"].get(key, {}), where)
 
-    def _check_planes(self, layer: BitLinear, planes: dict[str, Any], where: str) -> None:
-        check(layer, planes, self.rule, self.stripes, where)
+    def _check_planes(self, layer: BitLinear, state: dict[str, Any], where: str) -> None:
+        check(layer, state, self.rule, self.stripes, where, self.vote_plane)

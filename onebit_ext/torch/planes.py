@@ -42,9 +42,9 @@ def choose_rule(
     return name
 
 
-def kinds(layer: BitLinear, rule: str | None, stripes: int = 1, stripe: int = 0) -> Kinds:
+def kinds(layer: BitLinear, rule: str | None, stripes: int = 1, stripe: int = 0, vote_plane: bool = False) -> Kinds:
     """Shape and dtype of everything that a rule keeps for a layer, and of `draws`, which every layer has."""
-    where = {"stripes": stripes, "stripe": stripe}
+    where: dict[str, Any] = {"stripes": stripes, "stripe": stripe, "vote_plane": vote_plane}
     found = {} if rule is None else _core.plane_specs(layer.out_features, layer.in_features, rule, **where)
     control = {"draws": ((len(CONTROL),), torch.float64)}
     return {name: (shape, _tensor(np.empty(0, dtype)).dtype) for name, (shape, dtype) in found.items()} | control
@@ -87,7 +87,8 @@ def rotate(layer: BitLinear, planes: dict[str, Tensor], stripe_steps: int) -> bo
     if stripes == 1 or field(control, "step") < stripe_steps:
         return False
     stripe = (int(field(control, "stripe")) + 1) % stripes
-    options = {"stripes": stripes, "stripe": stripe} | {n: int(field(control, n)) for n in ("seed", "layer")}
+    options: dict[str, Any] = {"stripes": stripes, "stripe": stripe, "vote_plane": "votes" in planes}
+    options |= {n: int(field(control, n)) for n in ("seed", "layer")}
     for name in FRESH:
         control[CONTROL[name]] = 0
     control[CONTROL["stripe"]] = stripe
@@ -104,27 +105,49 @@ def _into_pool(plane: Tensor, value: Tensor) -> Tensor:
     return plane.copy_(value)
 
 
-def repool(layer: BitLinear, planes: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Loaded planes in memory of our own, with room for every stripe."""
+def repool(layer: BitLinear, planes: dict[str, Tensor], vote_plane: bool = False) -> dict[str, Tensor]:
+    """Loaded planes in memory of our own, with room for every stripe; a vote plane that was empty comes back."""
     control = ops.array(planes["control"])
     rule, stripes = _core.RULES[int(field(control, "rule"))], int(field(control, "stripes"))
+    if vote_plane and "votes" not in planes:
+        shape = len(planes["row_factor"]), layer.in_features
+        planes = planes | {"votes": torch.zeros(shape, dtype=torch.int16)}
     if stripes == 1:
         return {name: value.clone() for name, value in planes.items()}
-    pool = kinds(layer, rule, stripes)
+    pool = kinds(layer, rule, stripes, vote_plane=vote_plane)
     return {name: _into_pool(torch.empty(pool[name][0], dtype=value.dtype), value) for name, value in planes.items()}
 
 
-def check(layer: BitLinear, planes: Mapping[str, Any], rule: str | None, stripes: int, where: str) -> None:
+def without_empty_votes(planes: dict[str, Any]) -> dict[str, Any]:
+    """What is to be saved: between steps a vote plane is zero."""
+    if "votes" not in planes or field(ops.array(planes["control"]), "micro") > 0:
+        return planes
+    return {name: value for name, value in planes.items() if name != "votes"}
+
+
+def rescale_votes(votes: Tensor, ratio: float) -> None:
+    """Votes times `ratio`, to the nearest, by rows: there is no float of the plane's size."""
+    for rows in votes.split(64):
+        rows.copy_((rows.double() * ratio).round().clamp(-32767, 32767))
+
+
+def check(
+    layer: BitLinear, planes: Mapping[str, Any], rule: str | None, stripes: int, where: str, vote_plane: bool = False
+) -> None:
     """ValueError unless `planes` can be those of `rule` for this layer, or those of a layer that does not train."""
     if set(planes) == {"draws"}:
         rule = None
-    if set(planes) != set(kinds(layer, rule)):
+    held = rule is not None and vote_plane and "votes" in planes
+    if set(planes) != set(kinds(layer, rule, vote_plane=held)):
         raise ValueError(f"{where} must hold the planes of {rule}, got {sorted(planes)}")
     stripe = 0
     if rule is not None:
         check_kind(planes["control"], kinds(layer, rule)["control"], where, "control")
-        stripe = _check_control(ops.array(planes["control"]), rule, stripes, where)
-    for name, kind in kinds(layer, rule, stripes, stripe).items():
+        control = ops.array(planes["control"])
+        stripe = _check_control(control, rule, stripes, where)
+        if vote_plane and not held and field(control, "micro") > 0:
+            raise ValueError(f"{where} was saved between micro-batches without the votes that vote_plane=True holds")
+    for name, kind in kinds(layer, rule, stripes, stripe, held).items():
         check_kind(planes[name], kind, where, name)
 
 

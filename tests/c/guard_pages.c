@@ -146,6 +146,24 @@ check_formats(uint64_t *hash, size_t n, size_t k)
     return packed[OB_FORMAT_tile16];
 }
 
+/* y as it was, from trits5 */
+static void
+check_trits(const shape *s, ob_weights w, const void *x, const void *y)
+{
+    size_t bytes = 0, width = s->dt == OB_BF16 ? 2 : 4, y_bytes = s->m * s->n * width;
+    operation = "ob_linear_forward from trits5";
+    expect(ob_format_bytes(OB_FORMAT_trits5, s->n, s->k, &bytes) == OB_OK, "trits5");
+    uint8_t *trits = guard_take(bytes, 1);
+    void *again = guard_take(y_bytes, width);
+    call("convert", ob_convert(OB_FORMAT_tile16, OB_FORMAT_trits5, s->n, s->k, w.packed, trits));
+    w.packed = trits;
+    w.packing = OB_FORMAT_trits5;
+    call("forward", ob_linear_forward(&w, s->m, s->dt, x, again, NULL, NULL));
+    expect(y_bytes == 0 || memcmp(again, y, y_bytes) == 0, "other bits from trits5");
+    guard_give(again);
+    guard_give(trits);
+}
+
 static size_t
 plane_rows(const shape *s, const ob_planes *p)
 {
@@ -213,7 +231,7 @@ run_layer(const shape *s)
     random_state = s->m * 1000003 + s->n * 1009 + s->k;
     uint8_t *packed = check_formats(&hash, s->n, s->k);
     float *scale = filled(scales, 0.37f), *bias = s->bias ? filled(s->n, 0.25f) : NULL;
-    ob_weights w = {packed, s->n, s->k, scale, scales, bias};
+    ob_weights w = {packed, s->n, s->k, scale, scales, bias, OB_FORMAT_tile16};
     ob_planes planes = new_planes(s, packed);
     void *x = random_floats(s->m * s->k, s->dt), *dy = random_floats(s->m * s->n, s->dt);
     void *y = guard_take(s->m * s->n * width, width), *dx = guard_take(s->m * s->k * width, width);
@@ -224,6 +242,7 @@ run_layer(const shape *s)
     operation = "ob_linear_forward";
     call("forward", ob_linear_forward(&w, s->m, s->dt, x, y, NULL, NULL));
     call("forward", ob_linear_forward(&w, s->m, s->dt, x, y, xq, sx));
+    check_trits(s, w, x, y);
     for (int step = 0; step < 2; step++) {
         for (int micro = 0; micro < 2; micro++) {
             operation = "ob_linear_backward_input";

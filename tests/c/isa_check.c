@@ -259,15 +259,32 @@ free_outputs(const problem *p, outputs *o)
     }
 }
 
+/* The forward once more, from trits5: y as it was */
+static void
+forward_trits(const problem *p, const operations *run, const outputs *o, ob_weights w)
+{
+    size_t bytes = 0, y_bytes = p->m * p->n * (p->dt == OB_BF16 ? 2 : 4);
+    check(!ob_format_bytes(OB_FORMAT_trits5, p->n, p->k, &bytes), "trits5");
+    uint8_t *trits = zeros(bytes), *y = zeros(y_bytes);
+    check(!ob_convert(OB_FORMAT_tile16, OB_FORMAT_trits5, p->n, p->k, w.packed, trits), "convert");
+    w.packed = trits;
+    w.packing = OB_FORMAT_trits5;
+    check(!run->forward(&w, p->m, p->dt, p->x, y, NULL, NULL), "forward from trits5");
+    differences += y_bytes && memcmp(y, o->y, y_bytes) != 0;
+    ob_free(trits);
+    ob_free(y);
+}
+
 static void
 train(const problem *p, const operations *run, outputs *o)
 {
-    ob_weights w = {o->packed, p->n, p->k, p->scale, p->row_scale ? p->n : 1, p->bias_values};
+    ob_weights w = {o->packed, p->n, p->k, p->scale, p->row_scale ? p->n : 1, p->bias_values, 0};
     ob_planes *planes = &o->planes;
     for (size_t step = 0; step < STEPS; step++) {
         for (size_t micro = 0; micro < p->micro; micro++) {
             size_t bad = 0;
             check(!run->forward(&w, p->m, p->dt, p->x, o->y, o->xq, o->sx), "forward");
+            forward_trits(p, run, o, w);
             check(!run->backward_input(&w, p->m, p->dt, p->dy, o->dx, planes->control, &bad), "dX");
             check(
                 !run->vote(&w, p->m, p->dt, p->dy, o->xq, o->sx, planes, NULL, o->ds, o->db, &bad),

@@ -50,10 +50,10 @@ def planes(model: nn.Module) -> list[dict[str, Tensor]]:
     return [{name: value.clone() for name, value in layer._planes.items()} for layer in layers_of(model)]  # type: ignore[union-attr]
 
 
-def before_and_after(rank: int, world: int, folder: Path) -> Any:
+def before_and_after(rank: int, world: int, folder: Path, **options: Any) -> Any:
     """The planes and scale gradients around one combination."""
     model = torchkit.net()
-    optimizer = FlipOptimizer(model, **OPTIONS)
+    optimizer = FlipOptimizer(model, **OPTIONS, **options)
     train(model, optimizer, 0, 3, rank)
     for part in range(2):
         torchkit.loss_of(model, 50 + 10 * rank + part).backward()
@@ -93,6 +93,34 @@ def striped(rank: int, world: int, folder: Path) -> Any:
     return flip_optimizer(rank, world, folder, 2, rule="byte", stripes=3, stripe_steps=5)
 
 
+def held(rank: int, world: int, folder: Path) -> Any:
+    """Every rule combines its vote planes."""
+    found = {}
+    for rule in _core.RULES:
+        options = {"rule": rule, "vote_plane": True}
+        found[rule] = flip_optimizer(rank, world, folder, 2, **options)
+    found["striped"] = flip_optimizer(
+        rank, world, folder, 2, rule="residual4", stripes=3, stripe_steps=5, vote_plane=True
+    )
+    return found
+
+
+def held_before_and_after(rank: int, world: int, folder: Path) -> Any:
+    return before_and_after(rank, world, folder, vote_plane=True)
+
+
+def held_resume(rank: int, world: int, folder: Path) -> Any:
+    """The number of ranks may change between two steps."""
+    model = torchkit.net()
+    ddp = DistributedDataParallel(model)
+    optimizer = FlipOptimizer(model, **OPTIONS, vote_plane=True)
+    train(ddp, optimizer, 0, 6, rank)
+    with distributed.independent():
+        train(model, optimizer, 6, 9, 0)
+    train(ddp, optimizer, 9, 12, rank)
+    return torchkit.snapshot(model, optimizer)
+
+
 def sixteen_bits(rank: int, world: int, folder: Path) -> Any:
     """The arithmetic of an int16 plane."""
     layer = torchkit.net().up
@@ -101,7 +129,7 @@ def sixteen_bits(rank: int, world: int, folder: Path) -> Any:
     plane = torch.randint(-16000, 16001, (layer.out_features, layer.in_features), dtype=torch.int16)
     assert layer._planes is not None
     layer._planes["residual"] = plane.clone()
-    distributed._combine_residual(layer, world)
+    distributed._combine_plane(layer, "residual", world)
     return {"before": plane, "after": layer._planes["residual"], "control": layer._planes["control"]}
 
 
@@ -203,6 +231,17 @@ def learn(rank: int, world: int, folder: Path) -> Any:
     from test_torch_microbatches import LR, SEEDS, fine_tune
 
     return [fine_tune(seed, LR, lambda tokens: [tokens.chunk(world)[rank]]) for seed in SEEDS]
+
+
+def held_learn(rank: int, world: int, folder: Path) -> Any:
+    """The same with vote planes, by a rule that has a residual and by one that has a momentum."""
+    from test_torch_microbatches import LR, SEEDS, fine_tune
+
+    def share(tokens: Tensor) -> list[Tensor]:
+        return [tokens.chunk(world)[rank]]
+
+    rules = ("residual8", "residual8_momentum4")
+    return {rule: [fine_tune(seed, LR, share, rule=rule, vote_plane=True) for seed in SEEDS] for rule in rules}
 
 
 def main() -> None:

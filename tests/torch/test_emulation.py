@@ -71,7 +71,7 @@ def test_equals_the_core(rule: str, stripes: int, dtype: torch.dtype, device: st
     codes = torch.randint(-1, 2, (N, K), generator=torch.Generator().manual_seed(1), dtype=torch.int8)
     core = Core(codes, 0.37, rule, stripes)
     layer = EmulatedLinear(codes.to(device), 0.37, Rule(rule, stripes), 3, **OPTIONS, eta=ETAS[0])
-    rules = Rules([layer], 0.01)
+    rules = Rules([layer])
     for step, eta in enumerate([*ETAS[1:], 0.02]):
         x, dy = tensors(step, dtype)
         y, dx = core.step(x, dy, eta)

@@ -26,7 +26,10 @@ STRIPED: list[dict[str, Any]] = [
     {"rule": rule, "stripes": 3, "stripe_steps": 4}
     for rule in ("residual8", "residual8_momentum8", "byte", "residual4", "stochastic")
 ]
-CASES: list[dict[str, Any]] = [*({"rule": rule} for rule in RULES), *STRIPED]
+HELD: list[dict[str, Any]] = [{"rule": rule, "vote_plane": True} for rule in RULES] + [
+    STRIPED[3] | {"vote_plane": True}
+]
+CASES: list[dict[str, Any]] = [*({"rule": rule} for rule in RULES), *STRIPED, *HELD]
 
 
 def arrays(layer: BitLinear) -> dict[str, Any]:
@@ -230,6 +233,7 @@ LABELS = [
     ({"rule": "residual4"}, 6, 0.05),
     ({"rule": "residual2"}, 4, 0.1),
     ({"rule": "stochastic"}, 2, 0.1),
+    ({"rule": "residual4", "vote_plane": True}, 6, 0.05),  # and 16 while a step is under way
     ({"stripes": 2, "stripe_steps": 2}, 6, 0.05),
     ({"stripes": 4, "stripe_steps": 1}, 4, 0.05),
 ]

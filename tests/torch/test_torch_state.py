@@ -94,7 +94,7 @@ def test_a_bfloat16_scale_loads() -> None:
     [
         ("weight", torch.zeros(72, 37), "uint8"),
         ("weight", torch.zeros(17, 37, dtype=torch.uint8), r"\(18, 37\)"),
-        ("weight", torch.full((18, 37), 255, dtype=torch.uint8), "3"),
+        ("weight", torch.full((18, 37), 255, dtype=torch.uint8), "reserved code"),
         ("weight_scale", torch.tensor([float("nan")]), "finite"),
         ("weight_scale", torch.tensor([-1.0]), "positive"),
         ("weight_scale", torch.tensor([0.0]), "finite"),

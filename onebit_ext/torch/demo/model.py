@@ -1,4 +1,4 @@
-"""The demo's model: a byte-level transformer with a norm before each linear layer."""
+"""The model of demo and study: a byte-level transformer with a norm before each linear layer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 VOCABULARY = 256  # bytes
+CONTEXT = 128
 
 
 class RMSNorm(nn.Module):
@@ -62,12 +63,14 @@ class ByteTransformer(nn.Module):
     Built with `nn.Linear`; `replace_linear` makes the blocks' layers ternary and leaves `lm_head`.
     """
 
-    context = 128  # longest T
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, width: int = 128, layers: int = 2, heads: int = 4, hidden: int = 384) -> None:
+    def __init__(
+        self, width: int = 128, layers: int = 2, heads: int = 4, hidden: int = 384, context: int = CONTEXT
+    ) -> None:
         super().__init__()
+        self.context = context  # longest T
         self.embedding = nn.Embedding(VOCABULARY, width)
         self.blocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(layers))
         self.norm = RMSNorm(width, True)
@@ -75,7 +78,7 @@ class ByteTransformer(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.lm_head.weight, std=0.02)
         half = width // heads // 2
-        angle = torch.arange(self.context)[:, None] * 10000 ** (-torch.arange(half) / half)[None]
+        angle = torch.arange(context)[:, None] * 10000 ** (-torch.arange(half) / half)[None]
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 

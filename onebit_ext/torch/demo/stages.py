@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .. import FlipOptimizer, prepare, replace_linear
-from .model import ByteTransformer
+from .model import CONTEXT, ByteTransformer
 from .train import (
     Plan,
     Run,
@@ -55,7 +55,7 @@ class Side:
 
     def __init__(self, train: NDArray[np.uint8], held_out: NDArray[np.uint8]) -> None:
         self.train = torch.from_numpy(train.copy())
-        self.held_out = windows(torch.from_numpy(held_out.copy()), WINDOWS, ByteTransformer.context)
+        self.held_out = windows(torch.from_numpy(held_out.copy()), WINDOWS, CONTEXT)
 
 
 class Stages:

@@ -1,4 +1,4 @@
-"""Training, held-out loss, and what is measured on the live arrays: the torch half of the demo."""
+"""Training, held-out loss, and what is measured on the live arrays: for demo and study."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -57,6 +57,27 @@ class Plan:
     clip: list[nn.Parameter] = field(default_factory=list)
 
 
+def training(
+    loss_of: Callable[[int], Tensor],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    steps: int,
+    clip: list[nn.Parameter],
+    after_backward: Callable[[int], None],
+) -> Iterator[tuple[int, Tensor]]:
+    """(steps done, loss) after each step; nothing here waits for a device."""
+    for step in range(steps):
+        loss = loss_of(step)
+        loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(clip, 1.0)
+        after_backward(step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        yield step + 1, loss.detach()
+
+
 def train(model: ByteTransformer, optimizer: torch.optim.Optimizer, plan: Plan, watch: Watch) -> Run:
     """Train on random windows with warmup and cosine; measure at the start and POINTS times."""
     text, steps = plan.text, plan.steps
@@ -65,37 +86,34 @@ def train(model: ByteTransformer, optimizer: torch.optim.Optimizer, plan: Plan, 
         optimizer,
         lambda step: min(1.0, (step + 1) / plan.warmup) * 0.5 * (1 + math.cos(math.pi * step / steps)),
     )
-    offsets, smooth, times, start = (
-        torch.arange(model.context + 1),
-        math.nan,
-        [],
-        time.perf_counter(),
-    )
+    offsets, smooth, times, start = torch.arange(model.context + 1), math.nan, [], time.perf_counter()
     points = max(1, min(POINTS, steps // 20))
     measured = {round(steps * point / points) for point in range(points + 1)}
-    for step in range(steps + 1):
-        if step in measured:
-            run.steps.append(step)
-            run.losses.append(held_out_loss(model, plan.held_out))
-        if step == steps:
-            break
-        begun = time.perf_counter()
+
+    def loss_of(step: int) -> Tensor:
         first = torch.randint(len(text) - model.context, (BATCH,), generator=generator)
-        loss = model.loss(text[first[:, None] + offsets].long())
-        loss.backward()
-        if plan.clip:
-            nn.utils.clip_grad_norm_(plan.clip, 1.0)
+        return model.loss(text[first[:, None] + offsets].long())
+
+    def after_backward(step: int) -> None:
         if step == 0:
             run.gradient_bytes_per_weight = gradient_bytes(model) / weight_count(model)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
+
+    def measure(step: int) -> None:
+        run.steps.append(step)
+        run.losses.append(held_out_loss(model, plan.held_out))
+
+    measure(0)
+    begun = time.perf_counter()
+    for step, loss in training(loss_of, optimizer, schedule, steps, plan.clip, after_backward):
         times.append(time.perf_counter() - begun)
         value, rate = loss.item(), getattr(optimizer, "flip_rate", None)
         smooth = value if math.isnan(smooth) else 0.95 * smooth + 0.05 * value
         if rate is not None:
             run.worst_flip_rate = max(run.worst_flip_rate or 0.0, rate)
-        watch(step + 1, smooth, rate)
+        watch(step, smooth, rate)
+        if step in measured:
+            measure(step)
+        begun = time.perf_counter()
     run.step_seconds, run.seconds = statistics.median(times), time.perf_counter() - start
     run.state_bytes_per_weight = state_bytes(model, optimizer) / weight_count(model)
     return run

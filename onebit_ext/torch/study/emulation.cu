@@ -101,7 +101,7 @@ enum { STRIP = 64, TOKENS = 16, ROWS = 256 };
 enum { SEED, LAYER, STEP, MICRO, NONFINITE, ETA, ETA_PEAK, GUARD, CAP, CLIP, BETA1, BETA2, GRAD_SCALE, ENERGY, MOVED,
        SCALE_INIT, POWER1, POWER2, STRIPES, STRIPE, VOTE_MOVED, RULE };
 enum { INPUT_GRAD = 1, WEIGHT_GRAD, VOTE, MOMENTUM, MOMENTUM_STEP, STREAMS };
-enum { MEAN_R = 32, NEAREST, KEYS = 40 }; /* behind the control: what a step leaves for the next; 1: votes round to nearest */
+enum { MEAN_R = 32, KEYS = 40 }; /* behind the control: what a step leaves for the next, float64, and uint64 by stream */
 
 /* ------------------------------------------------------------------ random numbers, as csrc/base/rng.h */
 typedef struct row_key {
@@ -399,8 +399,8 @@ vote_strip(int64_t i, const arguments *a)
     }
     row_key random = at_row(control, momentum_bits ? MOMENTUM_STEP : VOTE, s.n);
     for (int j = 0; j < STRIP; j++) {
-        float r = control[NEAREST] > 0 ? 0.5f : uniform(random, s.first + j);
-        apply(&s, j, (int)round_within(u[j] * step, r, limit), bits, units, (int)a->n[6]);
+        float v = round_within(u[j] * step, uniform(random, s.first + j), limit);
+        apply(&s, j, (int)v, bits, units, (int)a->n[6]);
     }
     if (s.moved) {
         count_up((int32_t *)a->p[13], s.moved);

@@ -1,8 +1,9 @@
-"""The flip rules on a GPU, for runs that a CPU cannot make: emulation.cu on dense tensors, bit for bit what the C core does.
+"""The flip rules on a GPU, for runs that a CPU cannot make: bit for bit what the C core does, on dense tensors.
 
-`EmulatedLinear` is a BitLinear of a tensor scale with one micro-batch a step; its backward votes and flips, `Rules.step()`
-does what is left of a step for all layers at once.  Nothing waits for the device, so a whole training step can be captured
-as one CUDA graph.  On a CPU the same source is compiled as C: that is how the tests compare it.
+`EmulatedLinear` is a BitLinear of a tensor scale with one micro-batch a step; its backward votes and flips (in
+emulation.cu), `Rules.step()` does what is left of a step for all layers at once.  Nothing waits for the device, so a
+whole training step can be captured as one CUDA graph.  On a CPU the same source is compiled as C: that is how the tests
+compare it.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class Rule:
             return
         residual, _, momentum = name.partition("_momentum")
         self.momentum = int(momentum or 0)
-        self.bits = {"byte": 8, "stochastic": 0}.get(name) if not residual.startswith("residual") else int(residual[8:])
+        self.bits = int(residual[8:]) if residual.startswith("residual") else {"byte": 8, "stochastic": 0}[name]
         self.units = 85 if name == "byte" else {16: 16384, 8: 128, 4: 15, 2: 3, 0: 1}[self.bits]
 
 
@@ -129,7 +130,7 @@ class EmulatedLinear(nn.Module):
 
     def start_residual(self) -> None:
         """As `ob_start_residual`: from the C core's own plane, unpacked."""
-        if self.rule.name in (None, "stochastic", "residual16", "residual8") or self.rule.momentum == 4 and self.rule.bits == 8:
+        if self.rule.name is None or (self.rule.name != "byte" and self.rule.bits not in (4, 2)):
             self.residual.zero_()
             return
         if self.rule.name == "byte":
@@ -212,7 +213,7 @@ class _Product(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         dy = dy.contiguous()
         dx = ctx.layer.input_gradient(dy) if ctx.needs_input_grad[0] else None  # before codes move
         ctx.layer.vote(dy, *ctx.saved_tensors)
@@ -222,8 +223,8 @@ class _Product(torch.autograd.Function):
 class Rules:
     """The rest of a step for all layers: factors are done, here guard, counters, keys, and Adam on the scales."""
 
-    def __init__(self, layers: Sequence[EmulatedLinear], scale_lr: float) -> None:
-        self.layers, self.scale_lr = list(layers), scale_lr
+    def __init__(self, layers: Sequence[EmulatedLinear]) -> None:
+        self.layers = list(layers)
         device = layers[0].codes.device
         self._table = torch.tensor([layer.table() for layer in layers], device=device)
         self._sizes = torch.tensor([[layer.rows, layer.in_features] for layer in layers], device=device)

@@ -12,10 +12,21 @@ from torch import Tensor, nn
 
 from onebit_ext import _core
 
-from .emulation import CONTROL, TOKENS, EmulatedLinear, Rule, Rules, absmax, launch, multiply, scaled, tokens_of
+from .emulation import (
+    CONTROL,
+    CONTROL_LEN,
+    TOKENS,
+    EmulatedLinear,
+    Rule,
+    Rules,
+    absmax,
+    launch,
+    multiply,
+    scaled,
+    tokens_of,
+)
 
 EAGER = 3  # steps before the graph is captured: AdamW makes its state
-NEAREST = 33  # of emulation.cu
 
 
 class Shadow(nn.Module):
@@ -24,7 +35,7 @@ class Shadow(nn.Module):
     def __init__(self, weight: Tensor, layer: int, seed: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
-        control = np.zeros(48)
+        control = np.zeros(CONTROL_LEN)
         control[: len(CONTROL)] = _core.new_control(layer=layer, seed=seed)
         self.control = torch.from_numpy(control).to(weight.device)
         self.out_features, self.in_features = weight.shape
@@ -53,7 +64,7 @@ class _Shadow(torch.autograd.Function):
         return scaled(multiply(xq, codes), sx, scale, x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         turned, scale, xq, sx = ctx.saved_tensors
         dy = dy.contiguous()
         (m, n), bf16 = dy.shape, dy.dtype == torch.bfloat16
@@ -110,11 +121,11 @@ class Trainer:
         self.floats = [p for p in self.model.parameters() if id(p) not in ours]
         self.weights = [layer.weight for layer in self.shadows]
         self.float_lr, self.shadow_lr = torch.zeros((), device=device), torch.zeros((), device=device)
-        options = {"betas": (0.9, 0.95), "weight_decay": 0.0, "capturable": device.type == "cuda"}
+        options: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.0, "capturable": device.type == "cuda"}
         self.adamw = [torch.optim.AdamW(self.floats, lr=self.float_lr, **options)]
         if self.weights:
             self.adamw.append(torch.optim.AdamW(self.weights, lr=self.shadow_lr, **options))
-        self.rules = Rules(self.emulated, self.plan["scale_lr"]) if self.emulated else None
+        self.rules = Rules(self.emulated) if self.emulated else None
         if self.rules is not None:
             self.rules.set_eta(float(self.eta[0]))
 
@@ -149,11 +160,16 @@ class Trainer:
                 total += self.model.loss(part.long()).float() * len(part)
         return float(total) / len(windows)
 
+    def rotates(self, step: int) -> bool:
+        """Whether the next stripe of a block-cyclic arm begins."""
+        if not self.stripe_steps or not step or step % self.stripe_steps:
+            return False
+        return step // self.stripe_steps < self.stripes
+
     def run(self, points: int = 10) -> dict[str, Any]:
         """Train; a record of losses at `points`, flip rates, seconds, bytes."""
         steps, val = self.plan["steps"], self.plan["val"]
         measured = {round(steps * point / points) for point in range(points + 1)}
-        nearest = round(steps * (1 - self.plan.get("nearest", 0.0)))
         at, losses, graph, begun = [], [], None, time.perf_counter()
         for step in range(steps + 1):
             if step in measured:
@@ -163,12 +179,9 @@ class Trainer:
                     break
             if step == steps:
                 break
-            if self.stripe_steps and step and step % self.stripe_steps == 0 and step // self.stripe_steps < self.stripes:
+            if self.rotates(step):
                 assert self.rules is not None
                 self.rules.rotate()
-            if step == nearest:
-                for layer in self.emulated:
-                    layer.control[NEAREST] = 1.0
             if step < EAGER or not self.index.is_cuda:
                 self.step()
             else:
@@ -200,7 +213,7 @@ class Trainer:
 def emulate(model: Any, state: dict[str, Any] | None, arm: dict[str, Any], seed: int) -> None:
     """Replace the layers of `model.linears()`, on the model's device, by what `arm` trains.
 
-    state: {"codes": [...], "scales": [...], "weights": [...] float shadows} of a checkpoint; None: random weights.
+    state: `codes_and_floats` of a checkpoint; None: random weights.
     """
     for index, (parent, name) in enumerate(_places(model)):
         old = getattr(parent, name)
@@ -211,12 +224,7 @@ def emulate(model: Any, state: dict[str, Any] | None, arm: dict[str, Any], seed:
         scale = weight.abs().mean().clamp(min=1e-5)
         codes = (weight / scale).round().clamp(-1, 1)
         rule = Rule(arm["rule"], arm.get("stripes", 1), arm.get("lag", 0))
-        options = {"seed": seed, "cap": arm.get("cap", 0.025), "clip": arm.get("clip", 3.0)}
-        options["betas"] = arm.get("betas", (0.9, 0.95))
-        layer = EmulatedLinear(codes, float(1 / (1 / scale)), rule, index, **options)
-        if arm.get("fraction"):  # the residual begins at the float shadow's own fraction
-            layer.residual.copy_(((weight / scale - codes).clamp(-0.5, 0.5) * rule.units).round())
-        setattr(parent, name, layer)
+        setattr(parent, name, EmulatedLinear(codes, float(1 / (1 / scale)), rule, index, seed=seed))
 
 
 def _places(model: Any) -> list[tuple[nn.Module, str]]:
@@ -230,4 +238,3 @@ def codes_and_floats(model: Any) -> dict[str, Any]:
     inside = {id(layer.weight) for layer in model.modules() if isinstance(layer, Shadow)}
     floats = {name: p.detach().clone() for name, p in model.named_parameters() if id(p) not in inside}
     return {"weights": shadows, "floats": floats}
-

@@ -1,8 +1,8 @@
 """Texts of the `small` study: what an environment with torch carries in quantity.
 
-code: the installed packages' Python sources without their docstrings; docs: those docstrings, which is English; cpp: torch's
-C++ headers.  A sixteenth of the files, by a hash of their path, is held out, half of it for tuning ("val") and half for
-the figures ("test"); held-out lines that share 48 bytes in a row with training text are cut.
+code: the installed packages' Python sources without their docstrings; docs: those docstrings, mostly English; cpp:
+torch's C++ headers.  A sixteenth of the files, by a hash of their path, is held out, half of it for tuning ("val") and
+half for the figures ("test"); held-out lines that share 48 bytes in a row with training text are cut.
 """
 
 from __future__ import annotations

@@ -1,0 +1,69 @@
+"""The methods that the study compares, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+FROZEN, HYBRID = "frozen", "shadow32"  # where the gain begins, and where it ends
+
+QUANTA = {16: 1 / 16384, 8: 1 / 128, 4: 1 / 15, 2: 1 / 3}  # of a residual's grid, in cells
+EVEN, SLOWER = (0.5, 1.0, 2.0), (0.25, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """prepare(model, **options) with one dial, tried at each of `factors` times the task's eta (or rate of the scales).
+
+    bits: persistent ones per weight, nominal.  quantum: of what the rule writes, in cells.  dial: what is tuned.
+    "eta": cells per step of the codes, or the rate of Bop's mean; "hybrid": AdamW's rate of the float weight, in cells
+    (times mean |W|); "scale": the scales' rate.
+    """
+
+    name: str
+    label: str
+    bits: float
+    options: dict[str, Any] = field(default_factory=dict)
+    dial: str = "eta"
+    factors: tuple[float, ...] = EVEN
+    quantum: float | None = None
+
+    def candidates(self, eta: float, scale_lr: float) -> list[float]:
+        """What the dial is tried at, for a task with this eta and this rate of the scales."""
+        middle = scale_lr if self.dial == "scale" else eta
+        return list(dict.fromkeys(float(f"{middle * factor:.3g}") for factor in self.factors))
+
+
+def _residual(bits: int, momentum: int = 0) -> Arm:
+    options: dict[str, Any] = {"residual_bits": bits, "momentum_bits": momentum}
+    name = f"residual{bits}" + (f"_momentum{momentum}" if momentum else "")
+    label = f"residual {bits}" + (f", momentum {momentum}" if momentum else "")
+    factors = SLOWER if momentum else EVEN
+    return Arm(name, label, 2 + bits + momentum, options, factors=factors, quantum=QUANTA[bits])
+
+
+def _cyclic(stripes: int) -> Arm:
+    options = {"residual_bits": 8, "stripes": stripes}
+    label, factors = f"block-cyclic 1/{stripes}", (1.0, 2.0, 4.0)
+    return Arm(f"cyclic{stripes}", label, 2 + 8 / stripes, options, factors=factors, quantum=QUANTA[8])
+
+
+ALL = (
+    Arm(FROZEN, "codes frozen", 2, {"method": "frozen"}, "scale", (1.0, 4.0, 16.0)),
+    Arm(HYBRID, "hybrid float32", 98, {"method": "shadow"}, "hybrid", SLOWER),
+    Arm("shadow16", "hybrid bfloat16", 50, {"method": "shadow", "shadow_dtype": "bfloat16"}, "hybrid", SLOWER),
+    Arm("optimizer32", "float32 in the optimizer", 98, {"method": "optimizer"}, "hybrid", SLOWER),
+    Arm("bop", "Bop", 34, {"method": "bop"}, factors=(1.0, 2.0, 4.0)),
+    Arm("stochastic", "stochastic rounding", 2, {"method": "stochastic"}, factors=(0.02, 0.06, 0.2), quantum=1.0),
+    _residual(16),
+    _residual(8, 4),
+    _residual(8),
+    _residual(4, 4),
+    Arm("byte", "one byte", 8, {"rule": "byte"}, quantum=1 / 85),
+    _residual(4),
+    _cyclic(2),
+    _residual(2),
+    _cyclic(4),
+    _cyclic(8),
+)
+BY_NAME = {arm.name: arm for arm in ALL}

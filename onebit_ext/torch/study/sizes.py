@@ -1,0 +1,80 @@
+"""How large each run of the study is: one table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Steps of `batch` windows; eta: the middle of what every arm's dial is tried at, in cells per step."""
+
+    steps: int
+    batch: int
+    eta: float
+
+
+@dataclass(frozen=True)
+class Size:
+    """The model and the budgets of the tasks; `pretrain` makes the checkpoint that fine-tuning starts from."""
+
+    width: int
+    layers: int
+    heads: int
+    hidden: int
+    context: int
+    windows: int  # held-out windows behind every loss
+    facts: int
+    budgets: dict[str, Budget]
+    float_lr: float  # AdamW of embedding, head and norms, from scratch; fine-tuning takes a quarter
+    scale_lr: float  # fine-tuning, relative to the first scale; from scratch takes six times that
+    seeds: int
+    student: tuple[int, int]  # outputs and inputs of the layer that meets a teacher
+
+
+SIZES = {
+    "tiny": Size(
+        width=64,
+        layers=1,
+        heads=2,
+        hidden=192,
+        context=64,
+        windows=64,
+        facts=8,
+        budgets={
+            "pretrain": Budget(700, 16, 0.03),
+            "short": Budget(100, 8, 0.08),
+            "long": Budget(150, 8, 0.06),
+            "scratch": Budget(200, 8, 0.03),
+            "copy": Budget(80, 8, 0.08),
+            "teacher": Budget(150, 32, 0.04),
+            "facts": Budget(80, 8, 0.08),
+        },
+        float_lr=4e-3,
+        scale_lr=1e-3,
+        seeds=2,
+        student=(64, 128),
+    ),
+    "small": Size(
+        width=512,
+        layers=8,
+        heads=8,
+        hidden=1408,
+        context=256,
+        windows=256,
+        facts=1000,
+        budgets={
+            "pretrain": Budget(1500, 64, 0.05),
+            "short": Budget(400, 64, 0.03),
+            "long": Budget(1500, 16, 0.02),
+            "scratch": Budget(1000, 64, 0.05),
+            "copy": Budget(400, 64, 0.05),
+            "teacher": Budget(1000, 64, 0.03),
+            "facts": Budget(400, 64, 0.03),
+        },
+        float_lr=2e-3,
+        scale_lr=1e-4,
+        seeds=3,
+        student=(512, 512),
+    ),
+}
