@@ -109,6 +109,7 @@ OB_INLINE void
 panel_tile(size_t rows, size_t groups, const uint8_t *panel, const int8_t *s8, size_t ld,
            const int32_t *offset, int32_t factor, ob_acc *acc)
 {
+    const char *next = (const char *)s8 + rows * ld; /* tile's rows, asked for evenly */
     __m512i sum[6][4];
 #pragma GCC unroll 6
     for (size_t r = 0; r < rows; r++)
@@ -116,8 +117,9 @@ panel_tile(size_t rows, size_t groups, const uint8_t *panel, const int8_t *s8, s
         for (size_t v = 0; v < 4; v++) {
             sum[r][v] = _mm512_setzero_si512();
         }
-    for (size_t i = 0; i < groups; i++, panel += 256, s8 += 4) {
+    for (size_t i = 0; i < groups; i++, panel += 256, s8 += 4, next += 4 * rows) {
         __m512i w[4];
+        _mm_prefetch(next, _MM_HINT_T0);
 #pragma GCC unroll 4
         for (size_t v = 0; v < 4; v++) {
             w[v] = _mm512_loadu_si512(panel + 64 * v);
