@@ -57,7 +57,7 @@ quantize_row_sr_body(ob_dtype dt, size_t n, const void *dy, const float *s, size
     for (size_t i = 0; i < n; i += LANES) {
         vf g = vf_mul(load_lanes(dt, dy, i, n),
                       s_len == 1 ? tensor_scale : load_lanes(OB_F32, s, i, n));
-        vi code = vi_from_f32(stochastic_round(vf_mul(g, inverse), uniform_lanes(rng, i), 127.0f));
+        vi code = stochastic_round(vf_mul(g, inverse), uniform_lanes(rng, i, 0), 127.0f);
         total = vi_add(total, code);
         vi_store_i8(q + i, code);
     }
@@ -96,11 +96,11 @@ quantize_columns_sr_body(ob_dtype dt, size_t m, size_t columns, const char *dy, 
                          const float *sx, const float *inverse, const ob_rng_row *rng, int8_t *q,
                          size_t ldq, int32_t *sums)
 {
-    int32_t a[OB_STRIP] = {0}, b[OB_STRIP] = {0};
+    int32_t a[OB_STRIP] = {0}, key[OB_STRIP] = {0};
     float inv[OB_STRIP] = {0};
     vi total[STRIP_VECTORS];
     for (size_t j = 0; j < columns; j++) {
-        a[j] = (int32_t)rng[j].a, b[j] = (int32_t)rng[j].b, inv[j] = inverse[j];
+        a[j] = (int32_t)rng[j].a, key[j] = hash_key(rng[j]), inv[j] = inverse[j];
     }
     for (size_t v = 0; v < STRIP_VECTORS; v++) {
         total[v] = vi_set1(0);
@@ -113,10 +113,8 @@ quantize_columns_sr_body(ob_dtype dt, size_t m, size_t columns, const char *dy, 
             vi column = vi_set1((int32_t)((uint32_t)(t0 + t) * OB_RNG_GOLDEN));
             for (size_t v = 0; v < STRIP_VECTORS && v * LANES < columns; v++) {
                 vf h = vf_mul(load_lanes(dt, dy + (t0 + t) * row_bytes, v * LANES, columns), scale);
-                vf r = uniform_of(
-                    hash_lanes(vi_add(column, vi_load(a + v * LANES)), vi_load(b + v * LANES)));
-                vi code =
-                    vi_from_f32(stochastic_round(vf_mul(h, vf_load(inv + v * LANES)), r, 127.0f));
+                vf r = uniform_at(vi_add(column, vi_load(a + v * LANES)), vi_load(key + v * LANES));
+                vi code = stochastic_round(vf_mul(h, vf_load(inv + v * LANES)), r, 127.0f);
                 total[v] = vi_add(total[v], code);
                 vi_store_i8(tile[t] + v * LANES, code);
             }
