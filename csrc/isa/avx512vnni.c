@@ -230,6 +230,7 @@ pack_token_panel(size_t m, const int8_t *xq, size_t ldx, size_t strip, uint8_t *
     for (size_t t = 0; t < m; t += 4, panel += 256) {
         __m512i r[4];
         for (size_t i = 0; i < 4; i++) {
+            _mm_prefetch((const char *)xq + (t + i + 32) * ldx + 64 * strip, _MM_HINT_T0);
             r[i] = t + i < m ? _mm512_maskz_loadu_epi8(mask, xq + (t + i) * ldx + 64 * strip)
                              : _mm512_setzero_si512();
         }

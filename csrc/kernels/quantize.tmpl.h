@@ -73,11 +73,15 @@ column_absmax_body(ob_dtype dt, size_t m, size_t columns, const char *dy, size_t
 {
     vi top[STRIP_VECTORS];
     vf total[STRIP_VECTORS];
+    size_t bytes = columns * (dt == OB_F32 ? sizeof(float) : sizeof(uint16_t));
     for (size_t v = 0; v < STRIP_VECTORS; v++) {
         top[v] = vi_set1(0), total[v] = vf_set1(0.0f);
     }
     for (size_t t = 0; t < m; t++) {
         vf scale = vf_set1(sx[t]);
+        for (size_t byte = 0; byte < bytes; byte += 64) {
+            __builtin_prefetch(dy + (t + 16) * row_bytes + byte); /* rows are pages apart */
+        }
         for (size_t v = 0; v < STRIP_VECTORS && v * LANES < columns; v++) {
             vf g = load_lanes(dt, dy + t * row_bytes, v * LANES, columns);
             total[v] = vf_add(total[v], g);
@@ -122,7 +126,13 @@ quantize_columns_sr_body(ob_dtype dt, size_t m, size_t columns, const char *dy, 
         for (size_t v = 0; v * LANES < columns; v++) {
             v_transpose16(tile[0] + v * LANES, OB_STRIP, turned[0]);
             for (size_t j = 0; j < LANES && v * LANES + j < columns; j++) {
-                memcpy(q + (v * LANES + j) * ldq + t0, turned[j], OB_MIN(ldq - t0, (size_t)LANES));
+                int8_t *out = q + (v * LANES + j) * ldq + t0;
+                if (ldq - t0 >= LANES) {
+                    memcpy(out, turned[j], LANES);
+                }
+                else {
+                    memcpy(out, turned[j], ldq - t0);
+                }
             }
         }
     }
