@@ -2,7 +2,7 @@
  *
  * Hot loop           per 64 bytes                ports (Zen 5 / Golden Cove)
  *   vpdpbusd zmm     64 u8 x s8 products         2 / 1 per cycle     the limit
- *   vpsrlw, vpandd   decode 64 codes             left free by VNNI
+ *   vpsrlw, vpandd   decode 64 codes             left free by VNNI / its own ports: many tokens share a panel
  *   broadcast load   4 activations               folded into vpdpbusd's memory operand where it pays
  * Codes 0..2 are the unsigned operand; minus the sum of the activations makes them -1..1, exactly. */
 #include "../kernels/kernel.h"
@@ -13,6 +13,7 @@
 #define OB_FORWARD_ROWS 6
 #define OB_INPUT_ROWS 6
 #define OB_WEIGHT_ROWS 6
+#define OB_FORWARD_PANEL decode_forward_panel
 
 /* ------------------------------------------------------------------ integer tiles */
 OB_INLINE void
@@ -28,7 +29,7 @@ finish_tile(size_t rows, __m512i sum[][4], const int32_t *offset, int32_t factor
     }
 }
 
-/* rows x 64 outputs, codes decoded on the fly: shift and AND use ports that vpdpbusd leaves free */
+/* rows x 64 outputs, codes decoded on the fly */
 OB_INLINE void
 forward_tile(size_t rows, size_t k_steps, const uint8_t *q, const int8_t *x, size_t ldx,
              const int32_t *offset, ob_acc *acc)
@@ -186,6 +187,25 @@ dot_weight(size_t rows, size_t m_padded, const uint8_t *panel, const int8_t *h, 
 }
 
 /* ------------------------------------------------------------------ panels */
+
+/* One strip of tile16 -> (K/4, 64, 4) */
+static void
+decode_forward_panel(size_t k_steps, const uint8_t *q, uint8_t *panel)
+{
+    const __m512i three = _mm512_set1_epi8(3);
+    for (size_t i = 0; i < k_steps; i++, q += 256, panel += 1024) {
+        for (size_t v = 0; v < 4; v++) {
+            __m512i w = _mm512_loadu_si512(q + 64 * v);
+            _mm_prefetch((const char *)q + 4096 + 64 * v, _MM_HINT_T0);
+#pragma GCC unroll 4
+            for (int p = 0; p < 4; p++) {
+                _mm512_storeu_si512(
+                    panel + 256 * p + 64 * v,
+                    _mm512_and_si512(_mm512_srli_epi16(w, (uint8_t)(2 * p)), three));
+            }
+        }
+    }
+}
 
 /* tile16 -> (N/4, 64, 4): byte j of a group is output 4g + j. One in-lane 4 x 4 byte transpose, then lanes of 4 planes. */
 static void

@@ -9,6 +9,7 @@
  *     vi_max vi_hmax vi_sum vi_sum64 vi_add_where vi_sub_unless vi_to_f32 vi_from_f32 vi_floor
  *     vi_load_i8 vi_store_i8 vi_load_u16 vi_store_u16 v_add64 v_mask_beyond64 v_transpose16
  *   dot_forward decode_input_panel dot_input pack_token_panel dot_weight   the integer tiles (contracts: kernel.h)
+ *   OB_FORWARD_PANEL      optional: its decode_forward_panel
  * Rules every vocabulary keeps: vf_sum adds lanes l + (l+8), then +4, +2, +1; vf_rint is half to even for |x| < 2^22;
  * vi_floor is only given |x| < 2^20, vi_from_f32 whole numbers; vf_clip(x, limit) = clamp(x, +-limit), NaN to 0;
  * vf_uniform(x) = (x >> 8) * 2^-24, unsigned; vi_add_where(sum, a, x, mask) adds a where x & mask is not 0, vi_sub_unless
@@ -18,6 +19,10 @@
 #include "kernel.h"
 
 #include <string.h>
+
+#ifndef OB_FORWARD_PANEL
+#define OB_FORWARD_PANEL NULL
+#endif
 
 #include "lanes.tmpl.h"
 
@@ -64,6 +69,7 @@ const ob_kernels OB_TABLE_NAME(OB_ISA_NAME) = {
     .column_absmax = column_absmax,
     .quantize_columns_sr = quantize_columns_sr,
     .dot_forward = dot_forward,
+    .decode_forward_panel = OB_FORWARD_PANEL,
     .decode_trits = decode_trits,
     .decode_input_panel = decode_input_panel,
     .dot_input = dot_input,
