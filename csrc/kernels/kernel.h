@@ -13,7 +13,7 @@
 #include "../onebit.h"
 
 #define OB_STRIP 64       /* columns of every tile: outputs in forward, inputs in dX and dW */
-#define OB_MAX_ROWS 8     /* no tile is higher */
+#define OB_MAX_ROWS 12    /* no tile is higher */
 #define OB_TINY 0x1p-100f /* gradients with a smaller absmax are zero */
 
 typedef int32_t ob_acc[OB_STRIP]; /* one row of a tile */

@@ -236,7 +236,7 @@ ob_linear_forward(const ob_weights *w, size_t m, ob_dtype dt, const void *x, voi
                      .strips = strips,
                      .dot_trits = dot_trits,
                      .threads = threads};
-        run_product(&p, p.kernels->forward_rows, quantize_forward_rows,
+        run_product(&p, p.kernels->input_rows, quantize_forward_rows,
                     trits ? forward_trits_task : forward_task);
     }
     else {
