@@ -16,7 +16,7 @@
 
 enum {
     ROW_BLOCK = 256,
-    TASK_BLOCKS = 4, /* per packing; all rows at once: 4 % slower at 6912 inputs or outputs, the same at 2560 */
+    TASK_BLOCKS = 4, /* per packing; all rows at once: 4 % slower at 6912 inputs, equal at 2560 */
     TASKS_PER_THREAD = 4
 };
 
