@@ -48,8 +48,8 @@ momentum_store(int bits, uint8_t *codes, uint16_t *scale, const vf *m, ob_rng_ro
     *scale = (uint16_t)((unit_bits + 0xFFFFu) >> 16); /* up, so that no code passes the top */
     vf inverse = vf_set1(1.0f / float_of_bits((uint32_t)*scale << 16));
     for (size_t v = 0; v < STRIP_VECTORS; v++) {
-        vf r = uniform_lanes(rng, first + v * LANES);
-        code[v] = vi_from_f32(stochastic_round(vf_mul(m[v], inverse), r, top_code));
+        vf r = uniform_lanes(rng, first, v);
+        code[v] = stochastic_round(vf_mul(m[v], inverse), r, top_code);
         if (bits == 8) {
             vi_store_i8((int8_t *)codes + v * LANES, code[v]);
         }

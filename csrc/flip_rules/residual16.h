@@ -12,10 +12,10 @@ vote_row_residual16(const ob_vote_strip *s, size_t i, size_t n, const vf *u)
     (void)n;
     int16_t *e = (int16_t *)s->residual + i * s->k + s->strip * OB_STRIP;
     for (size_t v = 0; v < STRIP_VECTORS && v * LANES < s->columns; v++) {
-        vf r = uniform_lanes(s->rng[i], s->strip * OB_STRIP + v * LANES);
-        vf d = stochastic_round(vf_mul(u[v], vf_set1(s->step)), r, 16256.0f);
+        vf r = uniform_lanes(s->rng[i], s->strip * OB_STRIP, v);
+        vi d = stochastic_round(vf_mul(u[v], vf_set1(s->step)), r, 16256.0f);
         size_t count = OB_MIN(s->columns - v * LANES, (size_t)LANES);
-        vf moved = vf_add(vi_to_f32(load_words(e + v * LANES, count)), d);
+        vf moved = vi_to_f32(vi_add(load_words(e + v * LANES, count), d));
         moved = vf_max(vf_min(moved, vf_set1(16256.0f)), vf_set1(-16256.0f));
         store_words(e + v * LANES, count, vi_from_f32(moved));
     }

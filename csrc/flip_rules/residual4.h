@@ -15,8 +15,8 @@ coarse_move(float units, const code_row *codes, size_t columns, vi *e, const vf 
     vf high = vf_set1(units + (units - 1.0f) / 2.0f), low = vf_set1(-units - (units - 1.0f) / 2.0f);
     uint64_t moved = 0;
     for (size_t v = 0; v < STRIP_VECTORS && v * LANES < columns; v++) {
-        vf r = uniform_lanes(rng, first + v * LANES);
-        vf d = stochastic_round(vf_mul(u[v], vf_set1(step)), r, 127.0f);
+        vf r = uniform_lanes(rng, first, v);
+        vf d = vi_to_f32(stochastic_round(vf_mul(u[v], vf_set1(step)), r, 127.0f));
         vf t = vi_to_f32(vi_sub(load_codes(codes, v), vi_set1(1)));
         vf x = vf_add(vf_add(vf_mul(t, vf_set1(units)), vi_to_f32(e[v])), d);
         x = vf_max(vf_min(x, high), low);

@@ -13,17 +13,15 @@ residual8_add(int8_t *residual, size_t columns, const vf *u, float step, ob_rng_
               size_t first)
 {
     int8_t tail[OB_STRIP] = {0}, *e = residual;
+    vi d[STRIP_VECTORS];
     if (columns < OB_STRIP) {
         memcpy(tail, residual, columns);
         e = tail;
     }
     for (size_t v = 0; v < STRIP_VECTORS; v++) {
-        vf r = uniform_lanes(rng, first + v * LANES);
-        vf d = stochastic_round(vf_mul(u[v], vf_set1(step)), r, 127.0f);
-        vf moved = vf_add(vi_to_f32(vi_load_i8(e + v * LANES)), d); /* whole numbers: exact */
-        moved = vf_max(vf_min(moved, vf_set1(127.0f)), vf_set1(-127.0f));
-        vi_store_i8(e + v * LANES, vi_from_f32(moved));
+        d[v] = stochastic_round(vf_mul(u[v], vf_set1(step)), uniform_lanes(rng, first, v), 127.0f);
     }
+    v_add64(e, d);
     if (columns < OB_STRIP) {
         memcpy(residual, tail, columns);
     }

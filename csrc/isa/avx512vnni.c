@@ -1,69 +1,87 @@
-/* avx512vnni.c - AVX-512 with VNNI: 512-bit vpdpbusd, 24 accumulators of 16 outputs (6 rows x 64 columns).
+/* avx512vnni.c - AVX-512 with VNNI: 512-bit vpdpbusd, 24 accumulators of 16 outputs (6 rows x 64 columns or 12 x 32).
  *
  * Hot loop           per 64 bytes                ports (Zen 5 / Golden Cove)
  *   vpdpbusd zmm     64 u8 x s8 products         2 / 1 per cycle     the limit
- *   vpsrlw, vpandd   decode 64 codes             left free by VNNI
+ *   vpsrlw, vpandd   decode 64 codes             left free by VNNI / its own ports: many rows share them, or a panel
  *   broadcast load   4 activations               folded into vpdpbusd's memory operand where it pays
  * Codes 0..2 are the unsigned operand; minus the sum of the activations makes them -1..1, exactly. */
 #include "../kernels/kernel.h"
 #include "dot_avx512vnni.h"
+#include "panels_avx512.h"
 #include "vocabulary_avx512.h"
 
 #define OB_ISA_NAME avx512vnni
-#define OB_FORWARD_ROWS 6
+#define OB_FORWARD_ROWS 12
 #define OB_INPUT_ROWS 6
 #define OB_WEIGHT_ROWS 6
+#define OB_FORWARD_PANEL decode_forward_panel
 
 /* ------------------------------------------------------------------ integer tiles */
 OB_INLINE void
-finish_tile(size_t rows, __m512i sum[][4], const int32_t *offset, int32_t factor, ob_acc *acc)
+clear_sums(size_t rows, size_t width, __m512i sum[][4])
 {
-#pragma GCC unroll 6
+#pragma GCC unroll 12
+    for (size_t r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (size_t v = 0; v < width; v++) {
+            sum[r][v] = _mm512_setzero_si512();
+        }
+}
+
+OB_INLINE void
+finish_tile(size_t rows, size_t width, __m512i sum[][4], const int32_t *offset, int32_t factor,
+            size_t column, ob_acc *acc)
+{
+#pragma GCC unroll 12
     for (size_t r = 0; r < rows; r++) {
         __m512i bias = _mm512_set1_epi32((int32_t)((uint32_t)offset[r] * (uint32_t)factor));
 #pragma GCC unroll 4
-        for (size_t v = 0; v < 4; v++) {
-            vi_store(acc[r] + 16 * v, _mm512_sub_epi32(sum[r][v], bias));
+        for (size_t v = 0; v < width; v++) {
+            vi_store(acc[r] + column + 16 * v, _mm512_sub_epi32(sum[r][v], bias));
         }
     }
 }
 
-/* rows x 64 outputs, codes decoded on the fly: shift and AND use ports that vpdpbusd leaves free */
+/* rows x 64 outputs, width registers at a time, codes decoded on the fly: up to 6 rows take all four, more rows share what
+ * they decode and take two and two */
 OB_INLINE void
-forward_tile(size_t rows, size_t k_steps, const uint8_t *q, const int8_t *x, size_t ldx,
-             const int32_t *offset, ob_acc *acc)
+forward_tile(size_t rows, size_t width, size_t k_steps, const uint8_t *q, const int8_t *x,
+             size_t ldx, const int32_t *offset, ob_acc *acc)
 {
     const __m512i three = _mm512_set1_epi8(3);
-    __m512i sum[6][4];
-#pragma GCC unroll 6
-    for (size_t r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (size_t v = 0; v < 4; v++) {
-            sum[r][v] = _mm512_setzero_si512();
-        }
-    for (size_t i = 0; i < k_steps; i++, q += 256, x += 16) {
-        for (size_t line = 0; line < 4; line++) {
-            _mm_prefetch((const char *)q + 2048 + 64 * line, _MM_HINT_T0);
-        }
-#pragma GCC unroll 4
-        for (int p = 0; p < 4; p++) {
-            __m512i w[4];
-#pragma GCC unroll 4
-            for (size_t v = 0; v < 4; v++) {
-                w[v] = _mm512_and_si512(
-                    _mm512_srli_epi16(_mm512_loadu_si512(q + 64 * v), (uint8_t)(2 * p)), three);
+    for (size_t column = 0; column < OB_STRIP; column += 16 * width) {
+        const uint8_t *at = q + 4 * column;
+        const int8_t *from = x;
+        __m512i sum[12][4];
+        clear_sums(rows, width, sum);
+        for (size_t i = 0; i < k_steps; i++, at += 256, from += 16) {
+            const int8_t *upper = from + 6 * ldx;
+            __asm__("" : "+r"(upper)); /* 12 offsets from one base would not fit the registers */
+            for (size_t line = 0; line < width; line++) {
+                _mm_prefetch((const char *)at + 2048 + 64 * line, _MM_HINT_T0);
             }
-#pragma GCC unroll 6
-            for (size_t r = 0; r < rows; r++) {
-                __m512i b = broadcast4(x + r * ldx + 4 * p);
 #pragma GCC unroll 4
-                for (size_t v = 0; v < 4; v++) {
-                    sum[r][v] = dot4(sum[r][v], w[v], b);
+            for (int p = 0; p < 4; p++) {
+                __m512i w[4];
+#pragma GCC unroll 4
+                for (size_t v = 0; v < width; v++) {
+                    w[v] = _mm512_and_si512(
+                        _mm512_srli_epi16(_mm512_loadu_si512(at + 64 * v), (uint8_t)(2 * p)),
+                        three);
+                }
+#pragma GCC unroll 12
+                for (size_t r = 0; r < rows; r++) {
+                    __m512i b =
+                        broadcast4((r < 6 ? from + r * ldx : upper + (r - 6) * ldx) + 4 * p);
+#pragma GCC unroll 4
+                    for (size_t v = 0; v < width; v++) {
+                        sum[r][v] = dot4(sum[r][v], w[v], b);
+                    }
                 }
             }
         }
+        finish_tile(rows, width, sum, offset, 1, column, acc);
     }
-    finish_tile(rows, sum, offset, 1, acc);
 }
 
 /* One token: no shifts. Masked codes are 4^p times the code; one accumulator per p, divided exactly at the end. */
@@ -109,15 +127,12 @@ OB_INLINE void
 panel_tile(size_t rows, size_t groups, const uint8_t *panel, const int8_t *s8, size_t ld,
            const int32_t *offset, int32_t factor, ob_acc *acc)
 {
+    const char *next = (const char *)s8 + rows * ld; /* tile's rows, asked for evenly */
     __m512i sum[6][4];
-#pragma GCC unroll 6
-    for (size_t r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (size_t v = 0; v < 4; v++) {
-            sum[r][v] = _mm512_setzero_si512();
-        }
-    for (size_t i = 0; i < groups; i++, panel += 256, s8 += 4) {
+    clear_sums(rows, 4, sum);
+    for (size_t i = 0; i < groups; i++, panel += 256, s8 += 4, next += 4 * rows) {
         __m512i w[4];
+        _mm_prefetch(next, _MM_HINT_T0);
 #pragma GCC unroll 4
         for (size_t v = 0; v < 4; v++) {
             w[v] = _mm512_loadu_si512(panel + 64 * v);
@@ -131,7 +146,7 @@ panel_tile(size_t rows, size_t groups, const uint8_t *panel, const int8_t *s8, s
             }
         }
     }
-    finish_tile(rows, sum, offset, factor, acc);
+    finish_tile(rows, 4, sum, offset, factor, 0, acc);
 }
 
 /* A copy per tile height, so that the accumulators are registers. */
@@ -145,6 +160,15 @@ panel_tile(size_t rows, size_t groups, const uint8_t *panel, const int8_t *s8, s
     case 5: call(5); break;                                                                                            \
     default: call(6); break;                                                                                           \
     }
+#define BY_MORE_ROWS(call)                                                                                             \
+    switch (rows) {                                                                                                    \
+    case 7: call(7); break;                                                                                            \
+    case 8: call(8); break;                                                                                            \
+    case 9: call(9); break;                                                                                            \
+    case 10: call(10); break;                                                                                          \
+    case 11: call(11); break;                                                                                          \
+    default: call(12); break;                                                                                          \
+    }
 /* clang-format on */
 
 static void
@@ -155,8 +179,13 @@ dot_forward(size_t rows, size_t k_steps, const uint8_t *q, const int8_t *x, size
         forward_vector(k_steps, q, x, sum, acc);
         return;
     }
-#define TILE(r) forward_tile(r, k_steps, q, x, ldx, sum, acc)
-    BY_ROWS(TILE)
+#define TILE(r) forward_tile(r, r <= 6 ? 4 : 2, k_steps, q, x, ldx, sum, acc)
+    if (rows <= 6) {
+        BY_ROWS(TILE)
+    }
+    else {
+        BY_MORE_ROWS(TILE)
+    }
 #undef TILE
 }
 
@@ -181,69 +210,6 @@ dot_weight(size_t rows, size_t m_padded, const uint8_t *panel, const int8_t *h, 
            const int32_t *sum, ob_acc *acc)
 {
     dot_panel(rows, m_padded / 4, panel, h, ldh, sum, 128, acc); /* the panel holds x + 128 */
-}
-
-/* ------------------------------------------------------------------ panels */
-
-/* tile16 -> (N/4, 64, 4): byte j of a group is output 4g + j. One in-lane 4 x 4 byte transpose, then lanes of 4 planes. */
-static void
-decode_input_panel(size_t n, size_t k_steps, const uint8_t *packed, size_t strip, uint8_t *panel)
-{
-    const __m512i three = _mm512_set1_epi8(3);
-    const __m512i turn =
-        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    size_t steps = OB_MIN(k_steps - 4 * strip, (size_t)4);
-    for (size_t n0 = 0; n0 < n; n0 += 16) {
-        const uint8_t *q = packed + ob_tile16_byte(k_steps, n0, 64 * strip);
-        for (size_t i = 0; i < steps; i++) {
-            uint8_t *out = panel + n0 * 64 + 64 * i;
-            __m512i w = _mm512_shuffle_epi8(_mm512_loadu_si512(q + 256 * i), turn), plane[4];
-            for (int p = 0; p < 4; p++) {
-                plane[p] = _mm512_and_si512(_mm512_srli_epi16(w, (uint8_t)(2 * p)), three);
-            }
-            __m512i ab0 = _mm512_shuffle_i32x4(plane[0], plane[1], 0x44),
-                    ab1 = _mm512_shuffle_i32x4(plane[0], plane[1], 0xEE);
-            __m512i cd0 = _mm512_shuffle_i32x4(plane[2], plane[3], 0x44),
-                    cd1 = _mm512_shuffle_i32x4(plane[2], plane[3], 0xEE);
-            _mm512_storeu_si512(out, _mm512_shuffle_i32x4(ab0, cd0, 0x88));
-            _mm512_storeu_si512(out + 256, _mm512_shuffle_i32x4(ab0, cd0, 0xDD));
-            _mm512_storeu_si512(out + 512, _mm512_shuffle_i32x4(ab1, cd1, 0x88));
-            _mm512_storeu_si512(out + 768, _mm512_shuffle_i32x4(ab1, cd1, 0xDD));
-        }
-        for (size_t i = steps; i < 4; i++) { /* columns beyond K */
-            for (size_t g = 0; g < 4; g++) {
-                _mm512_storeu_si512(panel + n0 * 64 + 64 * i + 256 * g, _mm512_set1_epi8(1));
-            }
-        }
-    }
-}
-
-/* xq (M, ldx) -> (M/4, 64, 4) of x + 128; tokens and columns that do not exist are 128 */
-static void
-pack_token_panel(size_t m, const int8_t *xq, size_t ldx, size_t strip, uint8_t *panel)
-{
-    const __m512i flip = _mm512_set1_epi8((char)0x80);
-    size_t columns = OB_MIN(ldx - 64 * strip, (size_t)64);
-    __mmask64 mask = columns == 64 ? ~(__mmask64)0 : (((__mmask64)1 << columns) - 1);
-    for (size_t t = 0; t < m; t += 4, panel += 256) {
-        __m512i r[4];
-        for (size_t i = 0; i < 4; i++) {
-            r[i] = t + i < m ? _mm512_maskz_loadu_epi8(mask, xq + (t + i) * ldx + 64 * strip)
-                             : _mm512_setzero_si512();
-        }
-        __m512i a0 = _mm512_unpacklo_epi8(r[0], r[1]), a1 = _mm512_unpackhi_epi8(r[0], r[1]);
-        __m512i b0 = _mm512_unpacklo_epi8(r[2], r[3]), b1 = _mm512_unpackhi_epi8(r[2], r[3]);
-        __m512i c0 = _mm512_unpacklo_epi16(a0, b0), c1 = _mm512_unpackhi_epi16(a0, b0);
-        __m512i c2 = _mm512_unpacklo_epi16(a1, b1), c3 = _mm512_unpackhi_epi16(a1, b1);
-        __m512i d0 = _mm512_shuffle_i32x4(c0, c1, 0x44), d1 = _mm512_shuffle_i32x4(c0, c1, 0xEE);
-        __m512i e0 = _mm512_shuffle_i32x4(c2, c3, 0x44), e1 = _mm512_shuffle_i32x4(c2, c3, 0xEE);
-        _mm512_storeu_si512(panel, _mm512_xor_si512(flip, _mm512_shuffle_i32x4(d0, e0, 0x88)));
-        _mm512_storeu_si512(panel + 64, _mm512_xor_si512(flip, _mm512_shuffle_i32x4(d0, e0, 0xDD)));
-        _mm512_storeu_si512(panel + 128,
-                            _mm512_xor_si512(flip, _mm512_shuffle_i32x4(d1, e1, 0x88)));
-        _mm512_storeu_si512(panel + 192,
-                            _mm512_xor_si512(flip, _mm512_shuffle_i32x4(d1, e1, 0xDD)));
-    }
 }
 
 #include "../kernels/all.tmpl.h"

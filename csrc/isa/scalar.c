@@ -70,20 +70,13 @@ vf_rint(vf a)
 /* clang-format on */
 
 OB_INLINE vf
-vf_floor(vf a)
+vf_clip(vf a, vf limit)
 {
-    vf out;
-    for (size_t i = 0; i < 16; i++) {
-        float x = a.lane[i] < 0x1p20f ? (a.lane[i] > -0x1p20f ? a.lane[i] : -0x1p20f) : 0x1p20f;
-        float whole = (float)(int32_t)x;
-        out.lane[i] = whole > x ? whole - 1.0f : whole;
-    }
-    return out;
+    vf high = vf_min(a, limit);
+    EACH(vf, a.lane[i] != a.lane[i]          ? 0.0f
+             : high.lane[i] > -limit.lane[i] ? high.lane[i]
+                                             : -limit.lane[i]);
 }
-
-/* clang-format off */
-OB_INLINE vf vf_zero_nan(vf a) { EACH(vf, a.lane[i] == a.lane[i] ? a.lane[i] : 0.0f); }
-/* clang-format on */
 
 OB_INLINE vf
 vf_bits(vi a)
@@ -131,6 +124,10 @@ OB_INLINE vi vi_srlv(vi a, vi n) { EACH(vi, (int32_t)(U(a.lane[i]) >> n.lane[i])
 OB_INLINE vi vi_max(vi a, vi b) { EACH(vi, a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]); }
 OB_INLINE vf vi_to_f32(vi a) { EACH(vf, (float)a.lane[i]); }
 OB_INLINE vi vi_from_f32(vf a) { EACH(vi, (int32_t)a.lane[i]); }
+OB_INLINE vi vi_floor(vf a) { EACH(vi, (int32_t)a.lane[i] - ((float)(int32_t)a.lane[i] > a.lane[i])); }
+OB_INLINE vf vf_uniform(vi a) { EACH(vf, (float)(U(a.lane[i]) >> 8) * 0x1p-24f); }
+OB_INLINE vi vi_add_where(vi sum, vi a, vi x, vi mask) { EACH(vi, sum.lane[i] + (x.lane[i] & mask.lane[i] ? a.lane[i] : 0)); }
+OB_INLINE vi vi_sub_unless(vi sum, vi a, vi x, vi mask) { EACH(vi, sum.lane[i] - (x.lane[i] & mask.lane[i] ? 0 : a.lane[i])); }
 OB_INLINE vi vi_load_i8(const int8_t *p) { EACH(vi, p[i]); }
 OB_INLINE vi vi_load_u16(const uint16_t *p) { EACH(vi, p[i]); }
 /* clang-format on */
@@ -179,6 +176,15 @@ vi_sum64(vi a, vi b)
         sum += (int64_t)a.lane[i] + b.lane[i];
     }
     return sum;
+}
+
+OB_INLINE void
+v_add64(int8_t *e, const vi *d)
+{
+    for (size_t i = 0; i < 64; i++) {
+        int sum = e[i] + d[i / 16].lane[i % 16];
+        e[i] = (int8_t)(sum > 127 ? 127 : sum < -127 ? -127 : sum);
+    }
 }
 
 OB_INLINE uint64_t

@@ -34,14 +34,12 @@ vf_rint(vf a)
     return (vf){_mm256_round_ps(a.lo, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
                 _mm256_round_ps(a.hi, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
-/* clang-format off */
-OB_INLINE vf vf_floor(vf a) { return F1(_mm256_floor_ps, a); }
-/* clang-format on */
 OB_INLINE vf
-vf_zero_nan(vf a)
+vf_clip(vf a, vf limit)
 {
-    return (vf){_mm256_and_ps(a.lo, _mm256_cmp_ps(a.lo, a.lo, _CMP_ORD_Q)),
-                _mm256_and_ps(a.hi, _mm256_cmp_ps(a.hi, a.hi, _CMP_ORD_Q))};
+    vf ordered = {_mm256_cmp_ps(a.lo, a.lo, _CMP_ORD_Q), _mm256_cmp_ps(a.hi, a.hi, _CMP_ORD_Q)};
+    vf low = F2(_mm256_xor_ps, limit, vf_set1(-0.0f));
+    return F2(_mm256_and_ps, ordered, vf_max(vf_min(a, limit), low));
 }
 /* clang-format off */
 OB_INLINE vf vf_bits(vi a) { return (vf){_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
@@ -77,6 +75,8 @@ OB_INLINE vi vi_srlv(vi a, vi n) { return I2(_mm256_srlv_epi32, a, n); }
 OB_INLINE vi vi_max(vi a, vi b) { return I2(_mm256_max_epi32, a, b); }
 OB_INLINE vf vi_to_f32(vi a) { return (vf){_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 OB_INLINE vi vi_from_f32(vf a) { return (vi){_mm256_cvttps_epi32(a.lo), _mm256_cvttps_epi32(a.hi)}; }
+OB_INLINE vi vi_floor(vf a) { return vi_from_f32(F1(_mm256_floor_ps, a)); }
+OB_INLINE vf vf_uniform(vi a) { return vf_mul(vi_to_f32(vi_srl(a, 8)), vf_set1(0x1p-24f)); }
 /* clang-format on */
 OB_INLINE vi
 vi_iota(void)
@@ -142,6 +142,37 @@ OB_INLINE void
 vi_store_u16(uint16_t *p, vi a)
 {
     _mm256_storeu_si256((void *)p, _mm256_permute4x64_epi64(_mm256_packus_epi32(a.lo, a.hi), 0xD8));
+}
+
+OB_INLINE void
+v_add64(int8_t *e, const vi *d)
+{
+    for (size_t half = 0; half < 2; half++, e += 32, d += 2) {
+        __m256i low = _mm256_packs_epi32(d[0].lo, d[0].hi),
+                high = _mm256_packs_epi32(d[1].lo, d[1].hi);
+        __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high),
+                                                    _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        bytes = _mm256_adds_epi8(LOAD256(e), bytes);
+        _mm256_storeu_si256((void *)e, _mm256_max_epi8(bytes, _mm256_set1_epi8(-127)));
+    }
+}
+
+OB_INLINE vi
+vi_unset(vi x, vi mask)
+{
+    return I2(_mm256_cmpeq_epi32, vi_and(x, mask), vi_set1(0));
+}
+
+OB_INLINE vi
+vi_add_where(vi sum, vi a, vi x, vi mask)
+{
+    return vi_add(sum, vi_andnot(vi_unset(x, mask), a));
+}
+
+OB_INLINE vi
+vi_sub_unless(vi sum, vi a, vi x, vi mask)
+{
+    return vi_sub(sum, vi_and(vi_unset(x, mask), a));
 }
 
 OB_INLINE uint64_t

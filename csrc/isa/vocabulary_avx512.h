@@ -52,14 +52,16 @@ vf_rint(vf a)
     return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 OB_INLINE vf
-vf_floor(vf a)
+vf_clip(vf a, vf limit)
 {
-    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    /* 2: the smaller magnitude, with the sign of a */
+    return _mm512_maskz_range_ps(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a, limit, 2);
 }
 OB_INLINE vf
-vf_zero_nan(vf a)
+vf_uniform(vi a)
 {
-    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a);
+    return _mm512_mul_ps(_mm512_cvtepu32_ps(_mm512_and_si512(a, _mm512_set1_epi32(-256))),
+                         vf_set1(0x1p-32f));
 }
 OB_INLINE vf
 vf_bits(vi a)
@@ -103,6 +105,9 @@ OB_INLINE int32_t vi_hmax(vi a) { return _mm512_reduce_max_epi32(a); }
 OB_INLINE int32_t vi_sum(vi a) { return _mm512_reduce_add_epi32(a); }
 OB_INLINE vf vi_to_f32(vi a) { return _mm512_cvtepi32_ps(a); }
 OB_INLINE vi vi_from_f32(vf a) { return _mm512_cvttps_epi32(a); }
+OB_INLINE vi vi_floor(vf a) { return _mm512_cvt_roundps_epi32(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+OB_INLINE vi vi_add_where(vi sum, vi a, vi x, vi mask) { return _mm512_mask_add_epi32(sum, _mm512_test_epi32_mask(x, mask), sum, a); }
+OB_INLINE vi vi_sub_unless(vi sum, vi a, vi x, vi mask) { return _mm512_mask_sub_epi32(sum, _mm512_testn_epi32_mask(x, mask), sum, a); }
 OB_INLINE vi vi_load_i8(const int8_t *p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)); }
 OB_INLINE void vi_store_i8(int8_t *p, vi a) { _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8(a)); }
 OB_INLINE vi vi_load_u16(const uint16_t *p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)); }
@@ -116,6 +121,17 @@ vi_sum64(vi a, vi b)
                                     _mm512_srai_epi64(_mm512_slli_epi64(b, 32), 32));
     __m512i odd = _mm512_add_epi64(_mm512_srai_epi64(a, 32), _mm512_srai_epi64(b, 32));
     return _mm512_reduce_add_epi64(_mm512_add_epi64(even, odd));
+}
+
+/* Packs work inside 128-bit lanes: one permutation of dwords at the end puts the bytes in order. */
+OB_INLINE void
+v_add64(int8_t *e, const vi *d)
+{
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m512i bytes =
+        _mm512_packs_epi16(_mm512_packs_epi32(d[0], d[1]), _mm512_packs_epi32(d[2], d[3]));
+    bytes = _mm512_adds_epi8(_mm512_loadu_si512(e), _mm512_permutexvar_epi32(order, bytes));
+    _mm512_storeu_si512(e, _mm512_max_epi8(bytes, _mm512_set1_epi8(-127)));
 }
 
 OB_INLINE uint64_t

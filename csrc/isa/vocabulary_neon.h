@@ -28,6 +28,8 @@ OB_INLINE int32x4_t sll4(int32x4_t x, int n) { return as_signed(as_unsigned(x) <
 OB_INLINE int32x4_t srlv4(int32x4_t x, int32x4_t n) { return as_signed(vshlq_u32(as_unsigned(x), vnegq_s32(n))); }
 OB_INLINE int32x4_t andnot4(int32x4_t mask, int32x4_t x) { return vbicq_s32(x, mask); }
 OB_INLINE float32x4_t zero_nan4(float32x4_t x) { return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(x), vceqq_f32(x, x))); }
+OB_INLINE float32x4_t clip4(float32x4_t x, float32x4_t limit) { return vmaxnmq_f32(vminnmq_f32(zero_nan4(x), limit), vnegq_f32(limit)); }
+OB_INLINE int32x4_t set4(int32x4_t x, int32x4_t mask) { return as_signed(vtstq_s32(x, mask)); }
 
 OB_INLINE vf vf_load(const float *p) { return (vf){vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}; }
 OB_INLINE void vf_store(float *p, vf v) { vst1q_f32(p, v.a), vst1q_f32(p + 4, v.b), vst1q_f32(p + 8, v.c), vst1q_f32(p + 12, v.d); }
@@ -37,8 +39,7 @@ OB_INLINE vf vf_mul(vf x, vf y) { return V2(vf, vmulq_f32, x, y); }
 OB_INLINE vf vf_min(vf x, vf y) { return V2(vf, vminnmq_f32, x, y); }
 OB_INLINE vf vf_max(vf x, vf y) { return V2(vf, vmaxnmq_f32, x, y); }
 OB_INLINE vf vf_rint(vf x) { return V1(vf, vrndnq_f32, x); }
-OB_INLINE vf vf_floor(vf x) { return V1(vf, vrndmq_f32, x); }
-OB_INLINE vf vf_zero_nan(vf x) { return V1(vf, zero_nan4, x); }
+OB_INLINE vf vf_clip(vf x, vf limit) { return V2(vf, clip4, x, limit); }
 OB_INLINE vf vf_bits(vi x) { return V1(vf, vreinterpretq_f32_s32, x); }
 OB_INLINE vi vf_to_bits(vf x) { return V1(vi, vreinterpretq_s32_f32, x); }
 
@@ -60,6 +61,10 @@ OB_INLINE vi vi_srlv(vi x, vi n) { return V2(vi, srlv4, x, n); }
 OB_INLINE vi vi_max(vi x, vi y) { return V2(vi, vmaxq_s32, x, y); }
 OB_INLINE vf vi_to_f32(vi x) { return V1(vf, vcvtq_f32_s32, x); }
 OB_INLINE vi vi_from_f32(vf x) { return V1(vi, vcvtq_s32_f32, x); }
+OB_INLINE vi vi_floor(vf x) { return V1(vi, vcvtmq_s32_f32, x); }
+OB_INLINE vf vf_uniform(vi x) { return vf_mul(vi_to_f32(vi_srl(x, 8)), vf_set1(0x1p-24f)); }
+OB_INLINE vi vi_add_where(vi sum, vi a, vi x, vi mask) { return vi_add(sum, vi_and(V2(vi, set4, x, mask), a)); }
+OB_INLINE vi vi_sub_unless(vi sum, vi a, vi x, vi mask) { return vi_sub(sum, vi_andnot(V2(vi, set4, x, mask), a)); }
 OB_INLINE int32_t vi_hmax(vi x) { return vmaxvq_s32(vmaxq_s32(vmaxq_s32(x.a, x.b), vmaxq_s32(x.c, x.d))); }
 OB_INLINE int32_t vi_sum(vi x) { return vaddvq_s32(vaddq_s32(vaddq_s32(x.a, x.b), vaddq_s32(x.c, x.d))); }
 /* clang-format on */
@@ -112,6 +117,17 @@ vi_store_u16(uint16_t *p, vi x)
 {
     vst1q_u16(p, vreinterpretq_u16_s16(vcombine_s16(vmovn_s32(x.a), vmovn_s32(x.b))));
     vst1q_u16(p + 8, vreinterpretq_u16_s16(vcombine_s16(vmovn_s32(x.c), vmovn_s32(x.d))));
+}
+
+OB_INLINE void
+v_add64(int8_t *e, const vi *d)
+{
+    for (size_t i = 0; i < 4; i++, e += 16, d++) {
+        int16x8_t low = vcombine_s16(vmovn_s32(d->a), vmovn_s32(d->b));
+        int16x8_t high = vcombine_s16(vmovn_s32(d->c), vmovn_s32(d->d));
+        int8x16_t sum = vqaddq_s8(vld1q_s8(e), vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
+        vst1q_s8(e, vmaxq_s8(sum, vdupq_n_s8(-127)));
+    }
 }
 
 OB_INLINE uint64_t

@@ -23,6 +23,15 @@ move_code(const ob_flip_row *row, size_t k, int sign)
     return moves;
 }
 
+/* `bits` at the place of each lane's code */
+#define CODE_LANES(bits)                                                           \
+    (int32_t)((bits) << 0), (int32_t)((bits) << 8), (int32_t)((bits) << 16),       \
+        (int32_t)((bits) << 24), (int32_t)((bits) << 2), (int32_t)((bits) << 10),  \
+        (int32_t)((bits) << 18), (int32_t)((bits) << 26), (int32_t)((bits) << 4),  \
+        (int32_t)((bits) << 12), (int32_t)((bits) << 20), (int32_t)((bits) << 28), \
+        (int32_t)((bits) << 6), (int32_t)((bits) << 14), (int32_t)((bits) << 22),  \
+        (int32_t)((bits) << 30)
+
 /* Lane k of 16: byte kk = k % 4 of the dword, bits 2p with p = k / 4. */
 OB_INLINE vi
 code_shifts(void)
@@ -31,22 +40,36 @@ code_shifts(void)
     return vi_add(vi_sll(vi_and(lane, vi_set1(3)), 3), vi_sll(vi_srl(lane, 2), 1));
 }
 
+/* The dword of columns 16v .. 16v+15 in every lane. */
+OB_INLINE vi
+load_code_bits(const code_row *row, size_t v)
+{
+    int32_t dword;
+    memcpy(&dword, row->first + 256 * v, sizeof dword);
+    return vi_set1(dword);
+}
+
 /* Codes 0..2 of columns 16v .. 16v+15. */
 OB_INLINE vi
 load_codes(const code_row *row, size_t v)
 {
-    int32_t dword;
-    memcpy(&dword, row->first + 256 * v, sizeof dword);
-    return vi_and(vi_srlv(vi_set1(dword), code_shifts()), vi_set1(3));
+    return vi_and(vi_srlv(load_code_bits(row, v), code_shifts()), vi_set1(3));
+}
+
+/* sum += T * a for the codes -1..1 of those columns: where the high bit is set plus, where neither is minus. */
+OB_INLINE vi
+add_coded(vi sum, const code_row *row, size_t v, vi a)
+{
+    static const int32_t high[LANES] = {CODE_LANES(2u)}, either[LANES] = {CODE_LANES(3u)};
+    vi bits = load_code_bits(row, v);
+    return vi_sub_unless(vi_add_where(sum, a, bits, vi_load(high)), a, bits, vi_load(either));
 }
 
 /* Write codes 0..2 of the first `count` of those columns (the rest is padding and stays); returns how many changed. */
 OB_INLINE uint64_t
 store_codes(const code_row *row, size_t v, size_t count, vi codes)
 {
-    static const int32_t weight[LANES] = {1 << 0,  1 << 8,  1 << 16, 1 << 24, 1 << 2,  1 << 10,
-                                          1 << 18, 1 << 26, 1 << 4,  1 << 12, 1 << 20, 1 << 28,
-                                          1 << 6,  1 << 14, 1 << 22, 1 << 30};
+    static const int32_t weight[LANES] = {CODE_LANES(1u)};
     uint32_t before, mask = 0;
     uint32_t after =
         (uint32_t)vi_sum(vi_mul(codes, vi_load(weight))); /* disjoint bits: a sum is an OR */

@@ -13,7 +13,7 @@
 #include "../onebit.h"
 
 #define OB_STRIP 64       /* columns of every tile: outputs in forward, inputs in dX and dW */
-#define OB_MAX_ROWS 8     /* no tile is higher */
+#define OB_MAX_ROWS 12    /* no tile is higher */
 #define OB_TINY 0x1p-100f /* gradients with a smaller absmax are zero */
 
 typedef int32_t ob_acc[OB_STRIP]; /* one row of a tile */
@@ -102,6 +102,9 @@ typedef struct ob_kernels {
     /* Strip `packed_strip` (k_steps, 4, 16, 4): acc[r][o] = sum_k T_ok x[r][k]; rows <= forward_rows. */
     void (*dot_forward)(size_t rows, size_t k_steps, const uint8_t *packed_strip, const int8_t *x,
                         size_t ldx, const int32_t *sum, ob_acc *acc);
+    /* The same strip as a panel for dot_input, of 16 * k_steps rows: pays from some tokens on.  NULL: dot_forward's own
+     * decoding is free. */
+    void (*decode_forward_panel)(size_t k_steps, const uint8_t *packed_strip, uint8_t *panel);
     /* Strip (steps, 4, 16, 4) of trits5 -> strip (k_steps, 4, 16, 4) of tile16, steps = ceil(K/20); codes beyond 20 * steps
      * columns are 0, where x is 0 too. */
     void (*decode_trits)(size_t steps, size_t k_steps, const uint8_t *trits, uint8_t *packed_strip);

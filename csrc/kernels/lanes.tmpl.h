@@ -83,34 +83,35 @@ store_lanes(ob_dtype dt, void *row, size_t i, size_t n, vf v)
     memcpy(p, tail, (n - i) * sizeof *p);
 }
 
-/* base/rng.h on 16 lanes: position = column * OB_RNG_GOLDEN + a, then the keyed hash. */
-OB_INLINE vi
-hash_lanes(vi position, vi b)
+/* base/rng.h on 16 lanes.  The shift after the second key word distributes over it, so that the two are one constant. */
+OB_INLINE int32_t
+hash_key(ob_rng_row rng)
+{
+    return (int32_t)(rng.b ^ rng.b >> 15);
+}
+
+/* position = column * OB_RNG_GOLDEN + a */
+OB_INLINE vf
+uniform_at(vi position, vi key)
 {
     vi x = vi_mul(vi_xor(position, vi_srl(position, 16)), vi_set1((int32_t)OB_RNG_MUL1));
-    x = vi_xor(x, b);
-    x = vi_mul(vi_xor(x, vi_srl(x, 15)), vi_set1((int32_t)OB_RNG_MUL2));
-    return vi_xor(x, vi_srl(x, 16));
+    x = vi_mul(vi_xor(vi_xor(x, vi_srl(x, 15)), key), vi_set1((int32_t)OB_RNG_MUL2));
+    return vf_uniform(vi_xor(x, vi_srl(x, 16)));
 }
 
+/* Uniforms of columns first + 16v .. of one row; a constant v costs nothing. */
 OB_INLINE vf
-uniform_of(vi hash)
+uniform_lanes(ob_rng_row rng, size_t first, size_t v)
 {
-    return vf_mul(vi_to_f32(vi_srl(hash, 8)), vf_set1(0x1p-24f));
-}
-
-/* Uniforms of columns first .. first+15 of one row. */
-OB_INLINE vf
-uniform_lanes(ob_rng_row rng, size_t first)
-{
-    vi position = vi_add(vi_mul(vi_iota(), vi_set1((int32_t)OB_RNG_GOLDEN)),
+    vi column = vi_add(vi_iota(), vi_set1((int32_t)(LANES * v)));
+    vi position = vi_add(vi_mul(column, vi_set1((int32_t)OB_RNG_GOLDEN)),
                          vi_set1((int32_t)((uint32_t)first * OB_RNG_GOLDEN + rng.a)));
-    return uniform_of(hash_lanes(position, vi_set1((int32_t)rng.b)));
+    return uniform_at(position, vi_set1(hash_key(rng)));
 }
 
-/* SR(v) = clamp(floor(v + r), +-limit), as a whole float */
-OB_INLINE vf
+/* SR(v) = clamp(floor(v + r), +-limit); a whole limit may come first */
+OB_INLINE vi
 stochastic_round(vf v, vf r, float limit)
 {
-    return vf_max(vf_min(vf_floor(vf_add(v, r)), vf_set1(limit)), vf_set1(-limit));
+    return vi_floor(vf_max(vf_min(vf_add(v, r), vf_set1(limit)), vf_set1(-limit)));
 }

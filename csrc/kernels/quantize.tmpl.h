@@ -57,7 +57,7 @@ quantize_row_sr_body(ob_dtype dt, size_t n, const void *dy, const float *s, size
     for (size_t i = 0; i < n; i += LANES) {
         vf g = vf_mul(load_lanes(dt, dy, i, n),
                       s_len == 1 ? tensor_scale : load_lanes(OB_F32, s, i, n));
-        vi code = vi_from_f32(stochastic_round(vf_mul(g, inverse), uniform_lanes(rng, i), 127.0f));
+        vi code = stochastic_round(vf_mul(g, inverse), uniform_lanes(rng, i, 0), 127.0f);
         total = vi_add(total, code);
         vi_store_i8(q + i, code);
     }
@@ -73,11 +73,15 @@ column_absmax_body(ob_dtype dt, size_t m, size_t columns, const char *dy, size_t
 {
     vi top[STRIP_VECTORS];
     vf total[STRIP_VECTORS];
+    size_t bytes = columns * (dt == OB_F32 ? sizeof(float) : sizeof(uint16_t));
     for (size_t v = 0; v < STRIP_VECTORS; v++) {
         top[v] = vi_set1(0), total[v] = vf_set1(0.0f);
     }
     for (size_t t = 0; t < m; t++) {
         vf scale = vf_set1(sx[t]);
+        for (size_t byte = 0; byte < bytes; byte += 64) {
+            __builtin_prefetch(dy + (t + 16) * row_bytes + byte); /* rows are pages apart */
+        }
         for (size_t v = 0; v < STRIP_VECTORS && v * LANES < columns; v++) {
             vf g = load_lanes(dt, dy + t * row_bytes, v * LANES, columns);
             total[v] = vf_add(total[v], g);
@@ -96,11 +100,11 @@ quantize_columns_sr_body(ob_dtype dt, size_t m, size_t columns, const char *dy, 
                          const float *sx, const float *inverse, const ob_rng_row *rng, int8_t *q,
                          size_t ldq, int32_t *sums)
 {
-    int32_t a[OB_STRIP] = {0}, b[OB_STRIP] = {0};
+    int32_t a[OB_STRIP] = {0}, key[OB_STRIP] = {0};
     float inv[OB_STRIP] = {0};
     vi total[STRIP_VECTORS];
     for (size_t j = 0; j < columns; j++) {
-        a[j] = (int32_t)rng[j].a, b[j] = (int32_t)rng[j].b, inv[j] = inverse[j];
+        a[j] = (int32_t)rng[j].a, key[j] = hash_key(rng[j]), inv[j] = inverse[j];
     }
     for (size_t v = 0; v < STRIP_VECTORS; v++) {
         total[v] = vi_set1(0);
@@ -113,10 +117,8 @@ quantize_columns_sr_body(ob_dtype dt, size_t m, size_t columns, const char *dy, 
             vi column = vi_set1((int32_t)((uint32_t)(t0 + t) * OB_RNG_GOLDEN));
             for (size_t v = 0; v < STRIP_VECTORS && v * LANES < columns; v++) {
                 vf h = vf_mul(load_lanes(dt, dy + (t0 + t) * row_bytes, v * LANES, columns), scale);
-                vf r = uniform_of(
-                    hash_lanes(vi_add(column, vi_load(a + v * LANES)), vi_load(b + v * LANES)));
-                vi code =
-                    vi_from_f32(stochastic_round(vf_mul(h, vf_load(inv + v * LANES)), r, 127.0f));
+                vf r = uniform_at(vi_add(column, vi_load(a + v * LANES)), vi_load(key + v * LANES));
+                vi code = stochastic_round(vf_mul(h, vf_load(inv + v * LANES)), r, 127.0f);
                 total[v] = vi_add(total[v], code);
                 vi_store_i8(tile[t] + v * LANES, code);
             }
@@ -124,7 +126,13 @@ quantize_columns_sr_body(ob_dtype dt, size_t m, size_t columns, const char *dy, 
         for (size_t v = 0; v * LANES < columns; v++) {
             v_transpose16(tile[0] + v * LANES, OB_STRIP, turned[0]);
             for (size_t j = 0; j < LANES && v * LANES + j < columns; j++) {
-                memcpy(q + (v * LANES + j) * ldq + t0, turned[j], OB_MIN(ldq - t0, (size_t)LANES));
+                int8_t *out = q + (v * LANES + j) * ldq + t0;
+                if (ldq - t0 >= LANES) {
+                    memcpy(out, turned[j], LANES);
+                }
+                else {
+                    memcpy(out, turned[j], ldq - t0);
+                }
             }
         }
     }

@@ -14,8 +14,7 @@ code_dot(const ob_vote_strip *s, size_t n, const int32_t *acc)
     code_row codes = code_row_at(s->codes, s->k_steps, n, s->strip);
     vi pair[2] = {vi_set1(0), vi_set1(0)}; /* two products of at most 65536 * 127^2 fit int32 */
     for (size_t v = 0; v < STRIP_VECTORS && v * LANES < s->columns; v++) {
-        pair[v / 2] = vi_add(pair[v / 2], vi_mul(vi_sub(load_codes(&codes, v), vi_set1(1)),
-                                                 vi_load(acc + v * LANES)));
+        pair[v / 2] = add_coded(pair[v / 2], &codes, v, vi_load(acc + v * LANES));
     }
     return vi_sum64(pair[0], pair[1]);
 }
@@ -34,7 +33,7 @@ OB_INLINE void
 vote_tile_body(const ob_vote_strip *s, size_t i0, size_t rows, const ob_acc *acc, float dead_zone,
                uint64_t (*vote_row)(const ob_vote_strip *, size_t, size_t, const vf *))
 {
-    vf square[STRIP_VECTORS], c[STRIP_VECTORS], high = vf_set1(s->clip), low = vf_set1(-s->clip);
+    vf square[STRIP_VECTORS], c[STRIP_VECTORS], clip = vf_set1(s->clip);
     vi sign[STRIP_VECTORS];
     for (size_t v = 0; v < STRIP_VECTORS; v++) {
         square[v] = vf_load(s->col_square + v * LANES);
@@ -52,8 +51,7 @@ vote_tile_body(const ob_vote_strip *s, size_t i0, size_t rows, const ob_acc *acc
             square[v] = vf_add(square[v], g2);
             row_square = v ? vf_add(row_square, g2) : g2;
             row_sketch = v ? vf_add(row_sketch, z) : z;
-            u[v] = vf_zero_nan(vf_mul(vf_mul(f, a), c[v]));
-            u[v] = vf_max(vf_min(u[v], high), low);
+            u[v] = vf_clip(vf_mul(vf_mul(f, a), c[v]), clip);
         }
         s->row_square[i] = vf_sum(row_square);
         s->row_sketch[i] = vf_sum(row_sketch);

@@ -45,7 +45,8 @@ typedef struct product {
     int8_t *q;       /* (M, padded) */
     float *scale;    /* (M,) */
     int32_t *sum;    /* (M,) */
-    uint8_t *panels; /* dX, and trits5 without dot_trits: one per thread */
+    uint8_t *panels; /* one per thread; NULL in a forward: dot_forward decodes */
+    uint8_t *strips; /* tile16 of trits5, one per thread; NULL: packed as tile16, or dot_trits */
     ob_dot_trits dot_trits;
     uint64_t key;
     size_t threads;       /* panels */
@@ -59,7 +60,12 @@ row_of(const void *base, ob_dtype dt, size_t index)
     return (const char *)base + index * ob_dtype_bytes(dt);
 }
 
-enum { QUANTIZE_ROWS = 16, DIRECT_ROWS = 8 /* up to here dot_trits beats decoding */ };
+enum {
+    QUANTIZE_ROWS = 16,
+    DIRECT_ROWS = 8,        /* up to here dot_trits beats decoding */
+    PANEL_TOKENS = 64,      /* from here decoding once beats decoding in every tile */
+    PANEL_BYTES = 512 << 10 /* that stay in a core's second cache */
+};
 
 static void
 quantize_forward_rows(void *arg, size_t task, size_t thread)
@@ -100,14 +106,27 @@ store_outputs(const product *p, size_t n0, size_t t, size_t rows, const ob_acc *
                            (char *)p->out + (t * w->n + n0) * ob_dtype_bytes(p->dt), w->n);
 }
 
+/* Tokens t .. end - 1 with a strip of tile16; many of them pay for its panel. */
 static void
-forward_tokens(const product *p, const uint8_t *packed, size_t n0, size_t t, size_t end)
+forward_tokens(const product *p, const uint8_t *packed, size_t n0, size_t t, size_t end,
+               size_t thread)
 {
+    uint8_t *panel =
+        p->panels && end - t >= PANEL_TOKENS ? p->panels + thread * p->padded * OB_STRIP : NULL;
+    if (panel) {
+        p->kernels->decode_forward_panel(p->padded / 16, packed, panel);
+    }
     for (size_t rows; t < end; t += rows) {
         ob_acc acc[OB_MAX_ROWS];
-        rows = tile_height(end - t, p->kernels->forward_rows);
-        p->kernels->dot_forward(rows, p->padded / 16, packed, p->q + t * p->padded, p->padded,
-                                p->sum + t, acc);
+        const int8_t *q = p->q + t * p->padded;
+        if (panel) {
+            rows = tile_height(end - t, p->kernels->input_rows);
+            p->kernels->dot_input(rows, p->padded, panel, q, p->padded, p->sum + t, acc);
+        }
+        else {
+            rows = tile_height(end - t, p->kernels->forward_rows);
+            p->kernels->dot_forward(rows, p->padded / 16, packed, q, p->padded, p->sum + t, acc);
+        }
         store_outputs(p, n0, t, rows, (const ob_acc *)acc);
     }
 }
@@ -117,9 +136,8 @@ forward_task(void *arg, size_t task, size_t thread)
 {
     const product *p = arg;
     size_t strip = task / p->blocks, t = task % p->blocks * p->block;
-    (void)thread;
     forward_tokens(p, p->w->packed + strip * p->padded * 16, strip * OB_STRIP, t,
-                   OB_MIN(p->m, t + p->block));
+                   OB_MIN(p->m, t + p->block), thread);
 }
 
 /* The same from trits5: token by token where that is fastest, else by way of a tile16 strip. */
@@ -130,10 +148,10 @@ forward_trits_task(void *arg, size_t task, size_t thread)
     size_t strip = task / p->blocks, t = task % p->blocks * p->block, n0 = strip * OB_STRIP;
     size_t steps = ob_trits5_steps(p->inner), end = OB_MIN(p->m, t + p->block);
     const uint8_t *trits = p->w->packed + strip * steps * 256;
-    if (p->panels) {
-        uint8_t *panel = p->panels + thread * p->padded * 16;
-        p->kernels->decode_trits(steps, p->padded / 16, trits, panel);
-        forward_tokens(p, panel, n0, t, end);
+    if (p->strips) {
+        uint8_t *packed = p->strips + thread * p->padded * 16;
+        p->kernels->decode_trits(steps, p->padded / 16, trits, packed);
+        forward_tokens(p, packed, n0, t, end, thread);
         return;
     }
     for (; t < end; t++) {
@@ -184,21 +202,25 @@ ob_linear_forward(const ob_weights *w, size_t m, ob_dtype dt, const void *x, voi
 {
     ob_status status = ob_check_weights(w, OB_FORMAT_trits5);
     size_t padded = ob_padded_k(w->k), threads = ob_num_threads(), q_bytes, panel_bytes, bytes;
+    const ob_kernels *kernels = ob_kernels_active();
     ob_dot_trits dot_trits = ob_dot_trits_active();
     int trits = w->packing == OB_FORMAT_trits5, decode = trits && (!dot_trits || m > DIRECT_ROWS);
     if (status != OB_OK) {
         return status;
     }
     if (!ob_mul(m, padded, &q_bytes) || !ob_mul(m, w->n, &bytes) || bytes > SIZE_MAX / 4 ||
-        !ob_mul(padded * 16, threads, &panel_bytes)) {
+        !ob_mul(padded * OB_STRIP, threads, &panel_bytes)) {
         return OB_OVERFLOW;
     }
+    int panel =
+        kernels->decode_forward_panel && m >= PANEL_TOKENS && padded * OB_STRIP <= PANEL_BYTES;
     int32_t *sum = ob_scratch_take(m * sizeof *sum);
     int8_t *q = xq ? xq : ob_scratch_take(q_bytes);
     float *scale = sx ? sx : ob_scratch_take(m * sizeof *scale);
-    uint8_t *panels = decode ? ob_scratch_take(panel_bytes) : NULL;
-    if (sum && q && scale && (panels || !decode)) {
-        product p = {.kernels = ob_kernels_active(),
+    uint8_t *panels = panel ? ob_scratch_take(panel_bytes) : NULL;
+    uint8_t *strips = decode ? ob_scratch_take(panel_bytes / 4) : NULL;
+    if (sum && q && scale && (panels || !panel) && (strips || !decode)) {
+        product p = {.kernels = kernels,
                      .w = w,
                      .dt = dt,
                      .m = m,
@@ -211,14 +233,16 @@ ob_linear_forward(const ob_weights *w, size_t m, ob_dtype dt, const void *x, voi
                      .scale = scale,
                      .sum = sum,
                      .panels = panels,
+                     .strips = strips,
                      .dot_trits = dot_trits,
                      .threads = threads};
-        run_product(&p, p.kernels->forward_rows, quantize_forward_rows,
+        run_product(&p, p.kernels->input_rows, quantize_forward_rows,
                     trits ? forward_trits_task : forward_task);
     }
     else {
         status = OB_NO_MEMORY;
     }
+    ob_scratch_give(strips);
     ob_scratch_give(panels);
     ob_scratch_give(sx ? NULL : scale);
     ob_scratch_give(xq ? NULL : q);

@@ -11,6 +11,7 @@ typedef struct vote_call {
     const double *control;
     ob_dtype dt;
     size_t strips, blocks, threads, m_padded;
+    size_t task_blocks;         /* blocks of 256 rows that one task walks, >= 1 */
     size_t rows, first, stride; /* outputs that own planes: first + stride * i */
     uint64_t moved;             /* by votes */
     /* this chunk of tokens */
