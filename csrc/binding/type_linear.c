@@ -39,8 +39,7 @@ forward(PyObject *object, PyObject *args, PyObject *kw)
     }
     const size_t m = ob_view_rows(view);
     if ((y = ob_new_like(view, self->n)) == NULL ||
-        (keep && ob_new_kept(m, self->k, &xq, &sx) < 0) ||
-        ob_layer_lock(&call, self, keep) < 0) {
+        (keep && ob_new_kept(m, self->k, &xq, &sx) < 0) || ob_layer_lock(&call, self, keep) < 0) {
         Py_CLEAR(y);
         goto done;
     }

@@ -4,9 +4,9 @@
  *   u = clamp((float(acc) * a_n) * c_k, +-clip), NaN to 0      handed to the rule's vote_row, 64 columns of one row
  *   row_code += sum_k T_nk acc_nk             the scale's gradient, exact int64
  *
- * A rule <name> defines, on 64 columns of one row (i: its index among the rows that own planes, n: among all outputs)
- *   vote_row_<name>(strip, i, n, u)    what a vote does in the backward; returns codes moved
- *   step_block_<name>(row, strip)      what step() does; returns codes moved */
+ * A rule <name> defines (i: a row's index among those that own planes, n: among all outputs)
+ *   vote_row_<name>(strip, i, n, u)    what a vote of 64 columns does in the backward; returns codes moved
+ *   step_row_<name>(row)               what step() does with a row; returns codes moved */
 
 OB_INLINE int64_t
 code_dot(const ob_vote_strip *s, size_t n, const int32_t *acc)

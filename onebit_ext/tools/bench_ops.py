@@ -361,7 +361,8 @@ def overhead(setting: Setting, n: int, k: int, m: int, training: bool) -> Row:
         layer.vote()
 
     run = setting.rivals.bitlinear(layer.x, layer.dy, layer.packed[0], training)
-    options = {} if training else {"within": setting.rivals.no_grad}  # a model enters it once for all its layers
+    # a model enters no_grad once for all its layers
+    options: dict[str, Any] = {} if training else {"within": setting.rivals.no_grad}
     pair: list[Contender | None] = [
         ours(layer, run, name="BitLinear", **options),
         ours(layer, c_training if training else layer.forward, name="C calls"),

@@ -93,13 +93,13 @@ class Rule:
     def __init__(self, name: str | None, stripes: int = 1) -> None:
         self.name, self.stripes = name, stripes
         if name is None:
-            self.bits, self.momentum, self.units, self.dead_zone = CODES_ONLY, 0, 1, 0
+            self.bits, self.momentum, self.units, self.half_zones = CODES_ONLY, 0, 1, 0
             return
         residual, _, momentum = name.partition("_momentum")
         self.momentum = int(momentum or 0)
         self.bits = int(residual[8:]) if residual.startswith("residual") else {"byte": 8, "stochastic": 0}[name]
         self.units = 85 if name == "byte" else {16: 16384, 8: 128, 4: 15, 2: 3, 0: 1}[self.bits]
-        self.dead_zone = 1.5 if self.bits < 4 else 0
+        self.half_zones = 3 if self.bits < 4 else 0  # dead zone of its votes, in halves of u
 
 
 class EmulatedLinear(nn.Module):
@@ -189,7 +189,7 @@ class EmulatedLinear(nn.Module):
             "vote_strip",
             rows * strips,
             pointers,
-            [*sizes, rule.bits, rule.momentum, rule.units, int(2 * rule.dead_zone)],
+            [*sizes, rule.bits, rule.momentum, rule.units, rule.half_zones],
         )
         pointers = [squares, self.row_factor, self.control, products, self.products]
         launch("collect", rows, pointers, [rows, strips, k])
