@@ -8,6 +8,7 @@ from typing import Any
 FROZEN, HYBRID = "frozen", "shadow32"  # where the gain begins, and where it ends
 
 QUANTA = {16: 1 / 16384, 8: 1 / 128, 4: 1 / 15, 2: 1 / 3}  # of a residual's grid, in cells
+DEAD_ZONE = 1.5  # of votes that a grid coarser than 1/4 cell takes, in units of u
 EVEN, SLOWER = (0.5, 1.0, 2.0), (0.25, 0.5, 1.0)
 
 
@@ -15,8 +16,8 @@ EVEN, SLOWER = (0.5, 1.0, 2.0), (0.25, 0.5, 1.0)
 class Arm:
     """prepare(model, **options) with one dial, tried at each of `factors` times the task's eta (or rate of the scales).
 
-    bits: persistent ones per weight, nominal.  quantum: of what the rule writes, in cells.  schedule: of the codes,
-    "cosine" or "wsd".  dial: what is tuned.
+    bits: persistent ones per weight, nominal.  quantum: of what the rule writes, in cells.  dead_zone: of its votes.
+    schedule: of the codes, "cosine" or "wsd".  dial: what is tuned.
     "eta": cells per step of the codes, or the rate of Bop's mean; "hybrid": AdamW's rate of the float weight, in cells
     (times mean |W|); "scale": the scales' rate.
     """
@@ -28,6 +29,7 @@ class Arm:
     dial: str = "eta"
     factors: tuple[float, ...] = EVEN
     quantum: float | None = None
+    dead_zone: float = 0.0
     schedule: str = "cosine"
 
     def candidates(self, eta: float, scale_lr: float) -> list[float]:
@@ -47,7 +49,8 @@ def _residual(bits: int, momentum: int = 0) -> Arm:
     name = f"residual{bits}" + (f"_momentum{momentum}" if momentum else "")
     label = f"residual {bits}" + (f", momentum {momentum}" if momentum else "")
     factors = EVEN if momentum or bits >= 8 else SLOWER
-    return Arm(name, label, 2 + bits + momentum, {"rule": name}, factors=factors, quantum=QUANTA[bits])
+    zone = DEAD_ZONE if bits < 4 else 0.0
+    return Arm(name, label, 2 + bits + momentum, {"rule": name}, factors=factors, quantum=QUANTA[bits], dead_zone=zone)
 
 
 def _cyclic(stripes: int) -> Arm:
@@ -62,7 +65,7 @@ ALL = (
     Arm("shadow16", "hybrid bfloat16", 48, {"method": "shadow", "shadow_dtype": "bfloat16"}, "hybrid", SLOWER),
     Arm("optimizer32", "float32 in the optimizer", 98, {"method": "optimizer"}, "hybrid", SLOWER),
     Arm("bop", "Bop", 34, {"method": "bop"}, factors=(0.25, 1.0, 4.0)),
-    Arm("stochastic", "stochastic rounding", 2, {"method": "stochastic"}, factors=SLOWER, quantum=1.0),
+    Arm("stochastic", "stochastic rounding", 2, {"method": "stochastic"}, "eta", SLOWER, 1.0, DEAD_ZONE),
     _residual(16),
     _residual(8, 4),
     _residual(8),

@@ -12,6 +12,7 @@ from .arms import BY_NAME, HYBRID, Arm
 from .tasks import State, Task, Teaching
 
 POINTS = 10  # of every curve
+ETA_LIMIT = 0.1  # what the guard takes a larger eta as
 
 
 class Trainer(Protocol):
@@ -93,7 +94,8 @@ class Run:
     def finish(self) -> dict[str, Any]:
         extras = self.task.finish(self.codes, self.trainer.codes(), self.trainer.positions())
         if isinstance(self.task, Teaching) and self.arm.quantum is not None:
-            extras |= self.task.law(self.arm.quantum, self.trainer.etas[1:])  # the first step only measures
+            etas = [min(eta, ETA_LIMIT) for eta in self.trainer.etas[1:]]  # the first step only measures
+            extras |= self.task.law(self.arm.quantum, etas, self.arm.dead_zone)
         return extras
 
     def train(self) -> None:

@@ -249,10 +249,11 @@ class Teaching(Task):
         return {"loss": torch.stack(errors).mean().item()}
 
     @staticmethod
-    def law(quantum: float, etas: list[float]) -> dict[str, float]:
-        """sigma^2 that rounding eta_t u_t to the quantum adds in a run, u normal: q P, for steps well below a quantum,
-        and without that condition."""
-        u = torch.special.ndtri((torch.arange(1000, dtype=torch.float64) + 0.5) / 1000).abs()
+    def law(quantum: float, etas: list[float], dead_zone: float = 0.0) -> dict[str, float]:
+        """sigma^2 that rounding eta_t u_t to the quantum adds in a run, u a normal beyond its dead zone: q P, for steps
+        well below a quantum, and without that condition."""
+        normal = torch.special.ndtri((torch.arange(1000, dtype=torch.float64) + 0.5) / 1000)
+        u = (normal.abs() - dead_zone).clamp(min=0)
         steps = torch.tensor(etas, dtype=torch.float64)[:, None] * u / quantum
         rounding = (steps.frac() * (1 - steps.frac())).mean(1).sum().item() * quantum**2
         return {"quantum": quantum, "path": steps.mean(1).sum().item() * quantum, "rounding": rounding}
