@@ -133,7 +133,12 @@ def test_records_of_other_settings_are_refused(first: tuple[dict[str, Any], str,
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_workers_end_with_their_parent(stop: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "onebit_ext", "study", "--out", str(tmp_path), "--tasks", "teacher", "--jobs", "2"]
-    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+    )
     try:
         wait_until(lambda: len(list(tmp_path.glob("records/*.json"))) > 2, 240)
         workers = [int(pid) for pid in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
