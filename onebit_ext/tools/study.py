@@ -298,6 +298,6 @@ def _chosen(kind: str, given: list[str] | None, known: list[str], refusal: Calla
     for name in given or []:
         if name not in known:
             raise UserError(f"no {kind} {name!r}; there are {', '.join(known)}")
-        if refusal(name):
-            raise UserError(refusal(name))
+        if reason := refusal(name):
+            raise UserError(reason)
     return [name for name in known if (not refusal(name) if given is None else name in given)]

@@ -115,10 +115,18 @@ def plane_arrays(control: Tensor, planes: Sequence[Tensor], views: Views | None 
 
 
 # ------------------------------------------------------------------ products
-def forward(x: Array, weight: Array, scale: Array, bias: Tensor | None, out_features: int) -> Tensor:
-    """x (..., K) float32|bfloat16 -> y (..., N) of x's dtype."""
+def forward(
+    x: Array,
+    weight: Array,
+    scale: Array,
+    bias: Tensor | None,
+    out_features: int,
+    xq: Array | None = None,
+    sx: Array | None = None,
+) -> Tensor:
+    """x (..., K) float32|bfloat16 -> y (..., N) of x's dtype; xq and sx, if given, are written."""
     offset = None if bias is None else array(bias.float())
-    return tensor_of(_core.linear_forward(x, weight, scale, out_features, offset))
+    return tensor_of(_core.linear_forward(x, weight, scale, out_features, offset, xq=xq, sx=sx))
 
 
 def forward_keeping(
@@ -126,8 +134,7 @@ def forward_keeping(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`forward`, and what `vote` needs: xq (M, padded K) int8, sx (M,) float32."""
     xq, sx = _core.new_kept(math.prod(x.shape[:-1]), x.shape[-1])
-    offset = None if bias is None else array(bias.float())
-    y = tensor_of(_core.linear_forward(x, weight, scale, out_features, offset, xq=xq, sx=sx))
+    y = forward(x, weight, scale, bias, out_features, xq, sx)
     return y, torch.from_numpy(xq), torch.from_numpy(sx)
 
 

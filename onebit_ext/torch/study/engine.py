@@ -12,7 +12,7 @@ from .. import BitLinear, ShadowLinear, cosine_schedule, prepare, state_bytes, w
 from ..demo.train import training
 from ..memory import training_bytes
 from .arms import Arm
-from .tasks import Task
+from .tasks import Task, absmean
 
 UNITS = {"residual16": 16384, "residual8": 128, "residual4": 15, "residual2": 3, "byte": 85}  # to a cell
 
@@ -104,10 +104,6 @@ class Trainer:
         kept = [position for position in found if position is not None]
         return kept if len(kept) == len(found) else None
 
-    def float_state(self) -> dict[str, Tensor]:
-        """state_dict of the float model from that of one trained with float weights ("shadow")."""
-        return {name: value.detach().float().cpu() for name, value in self.model.state_dict().items()}
-
 
 def _position(layer: Any, optimizer: torch.optim.Optimizer) -> Tensor | None:
     if isinstance(layer, ShadowLinear):
@@ -135,5 +131,4 @@ def _codes(layer: Any) -> Tensor:
     if isinstance(layer, BitLinear):
         return layer.codes()
     assert isinstance(layer, ShadowLinear)
-    weight = layer.weight.detach().float()
-    return (weight / weight.abs().mean().clamp(min=1e-5)).round().clamp(-1, 1).to(torch.int8)
+    return absmean(layer.weight)[0].to(torch.int8)

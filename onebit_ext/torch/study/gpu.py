@@ -28,7 +28,7 @@ from .emulation import (
     scaled,
     tokens_of,
 )
-from .tasks import State, Task
+from .tasks import Task, absmean
 
 EAGER = 3  # steps before the graph is captured: AdamW makes its state
 
@@ -58,8 +58,8 @@ class Shadow(nn.Module):
 class _Shadow(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Shadow) -> Tensor:
-        scale = weight.float().abs().mean().clamp(min=1e-5).view(1)
-        codes = (weight.float() / scale).round_().clamp_(-1, 1).to(torch.int8)
+        ternary, mean = absmean(weight)
+        codes, scale = ternary.to(torch.int8), mean.view(1)
         xq, sx = torch.empty_like(x, dtype=torch.int8), x.new_empty((len(x),), dtype=torch.float32)
         m, k = x.shape
         launch("quantize_tokens", k * m // TOKENS, [x, absmax(x), xq, None, sx], [m, k, x.dtype == torch.bfloat16])
@@ -214,15 +214,9 @@ class Trainer:
     def positions(self) -> list[Tensor] | None:
         return None
 
-    def float_state(self) -> State:
-        return {name: value.detach().float().cpu() for name, value in self.model.state_dict().items()}
-
 
 def _codes(layer: Any) -> Tensor:
-    if isinstance(layer, EmulatedLinear):
-        return layer.codes
-    weight: Tensor = layer.weight.detach().float()
-    return (weight / weight.abs().mean().clamp(min=1e-5)).round().clamp(-1, 1).to(torch.int8)
+    return layer.codes if isinstance(layer, EmulatedLinear) else absmean(layer.weight)[0].to(torch.int8)
 
 
 def emulate(model: Any, arm: Arm, seed: int) -> None:
@@ -236,13 +230,12 @@ def emulate(model: Any, arm: Arm, seed: int) -> None:
     ]
     options = arm.options
     for parent, name, old in places:
-        index, weight = ours[id(old)], old.weight.detach().float()
+        index = ours[id(old)]
         if options.get("method") == "shadow":
             dtype = getattr(torch, options.get("shadow_dtype", "float32"))
-            setattr(parent, name, Shadow(weight.to(dtype).clone(), index, seed))
+            setattr(parent, name, Shadow(old.weight.detach().to(dtype).clone(), index, seed))
             continue
-        scale = weight.abs().mean().clamp(min=1e-5)
-        codes = (weight / scale).round().clamp(-1, 1)
+        codes, scale = absmean(old.weight)
         rule = {"frozen": None, "stochastic": "stochastic"}.get(options.get("method", ""), options.get("rule"))
         emulated = EmulatedLinear(
             codes, float(1 / (1 / scale)), Rule(rule, options.get("stripes", 1)), index, seed=seed

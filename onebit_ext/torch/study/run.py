@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from .arms import BY_NAME, HYBRID, Arm
-from .tasks import State, Task, Teaching
+from .tasks import State, Task, Teaching, absmean
 
 POINTS = 10  # of every curve
 ETA_LIMIT = 0.1  # what the guard takes a larger eta as
@@ -28,7 +28,6 @@ class Trainer(Protocol):
     def peak_bytes(self) -> int: ...
     def codes(self) -> list[Tensor]: ...
     def positions(self) -> list[Tensor] | None: ...
-    def float_state(self) -> State: ...
 
 
 class Engine(Protocol):
@@ -137,15 +136,14 @@ def pretrain(task: Task, engine: Engine) -> tuple[State, dict[str, Any]]:
     """
     run = Run(BY_NAME[HYBRID], task, 0, task.eta, engine)
     record = run.record("pretrain")
-    return _only_codes(run.trainer.float_state(), task.new_model(0)), record
+    trained = {name: value.detach().float().cpu() for name, value in run.trainer.model.state_dict().items()}
+    return _only_codes(trained, task.new_model(0)), record
 
 
 def _only_codes(state: State, model: Any) -> State:
     """Weights c * T whose absmean gives T and the scale back: no method starts from more than the others."""
     model.load_state_dict({name: state[name] for name in model.state_dict()})
     for layer in model.linears():
-        weight = layer.weight.data
-        scale = weight.abs().mean().clamp(min=1e-5)
-        codes = (weight / scale).round().clamp(-1, 1)
+        codes, scale = absmean(layer.weight)
         layer.weight.data = codes * (scale / codes.abs().mean())
     return {name: value.clone() for name, value in model.state_dict().items()}

@@ -69,6 +69,13 @@ class Text:
         return self.train[first[..., None] + torch.arange(length)]
 
 
+def absmean(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes as float32 (N, K) and scale () of a float weight, by the formula of `ob_absmean`; on any device, dense."""
+    weight = weight.detach().float()
+    scale = weight.abs().mean().clamp(min=1e-5)
+    return (weight / scale).round().clamp(-1, 1), scale
+
+
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
