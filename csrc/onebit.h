@@ -53,6 +53,9 @@ int ob_rule_residual_bits(ob_rule rule);
 int ob_rule_momentum_bits(ob_rule rule); /* 0: no momentum plane */
 int ob_rule_units(ob_rule rule);         /* residual units per cell */
 float ob_rule_dead_zone(ob_rule rule);   /* of its votes, in units of u */
+/* The default of OB_CTL_BETA1: .7 with a momentum plane. Codes that a momentum of .9 moves go on for ten steps after the
+ * gradient has turned, which costs more than the smoothing gains (docs/learning.md). */
+double ob_rule_beta1(ob_rule rule);
 int ob_rule_moves_in_vote(
     ob_rule rule); /* 1: ob_vote writes planes->codes, which must be given without a vote plane */
 /* Bytes of a row of the residual and of the momentum plane for K inputs. */
@@ -88,7 +91,7 @@ enum ob_control {
     OB_CONTROL_LEN
 };
 /* While the guard is on, a larger eta counts as this: the flips that the guard measures come too late for it. */
-#define OB_ETA_LIMIT 0.1f
+#define OB_ETA_LIMIT 0.06f
 
 /* ------------------------------------------------------------------ views */
 typedef struct ob_weights {

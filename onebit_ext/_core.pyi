@@ -14,6 +14,7 @@ RULES: tuple[str, ...]
 RULES_MOVING_IN_VOTE: tuple[str, ...]  # of them, those whose vote writes codes
 FORMATS: tuple[str, ...]
 MAX_K: int
+ETA_LIMIT: float  # the guard takes a larger eta as this
 TOKENS_PER_VOTE: int
 
 # -- stateless functions
@@ -62,7 +63,7 @@ def new_planes(
     eta: float = 0.03,
     cap: float = 0.025,
     clip: float = 3.0,
-    betas: tuple[float, float] = (0.9, 0.95),
+    betas: tuple[float, float] | None = None,
     scale_init: float = 1.0,
     vote_plane: bool = False,
 ) -> Planes: ...
@@ -75,6 +76,7 @@ def plane_specs(
     stripe: int = 0,
     vote_plane: bool = False,
 ) -> dict[str, tuple[tuple[int, ...], Any]]: ...  # name -> (shape, dtype)
+def rule_spec(rule: str) -> dict[str, Any]: ...  # residual_bits, momentum_bits, units, dead_zone, betas
 def saturated(packed: Array, planes: Planes) -> int: ...
 def new_control(
     *,
@@ -83,7 +85,7 @@ def new_control(
     eta: float = 0.03,
     cap: float = 0.025,
     clip: float = 3.0,
-    betas: tuple[float, float] = (0.9, 0.95),
+    betas: tuple[float, float] | None = None,
     scale_init: float = 1.0,
 ) -> Array: ...
 def absmean(w: Array) -> tuple[Array, Array]: ...  # (packed, scale (1,))
@@ -227,7 +229,7 @@ class FlipOptimizer:
         layers: Sequence[TernaryLinear],
         lr: float = 0.03,
         scale_lr: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: tuple[float, float] | None = None,
         recipe: str = "finetune",
         residual_bits: int | None = None,
         momentum_bits: int | None = None,

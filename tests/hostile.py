@@ -247,7 +247,7 @@ def pair_cases(argument: str, more: int = 1) -> Iterator[Case]:
 
 
 def betas_cases(argument: str) -> Iterator[Case]:
-    for value in (None, 0.9, "ab", {0.9: 0.9}, np.array([0.9, 0.9]), ("a", 0.9), (None, 0.9), (0.9, True), (0.9, 1j)):
+    for value in (0.9, "ab", {0.9: 0.9}, np.array([0.9, 0.9]), ("a", 0.9), (None, 0.9), (0.9, True), (0.9, 1j)):
         yield Case(argument, f"kind {value!r:.20}", put(argument, value), (TypeError,))
     for value in ((), (0.9,), (0.9, 0.9, 0.9), (1.0, 0.9), (0.9, 1), (-0.1, 0.9), (0.9, float("nan")), (HUGE, 0)):
         yield Case(argument, "value", put(argument, value), (ValueError,))

@@ -33,6 +33,7 @@ RULES = {  # bits of residual, bits of momentum, residual units per cell
     "stochastic": (0, 0, 1),
 }
 DEAD_ZONE = {"residual2": 1.5, "stochastic": 1.5}  # of votes, in units of u
+TURNED = (3, 4, 5, 9)  # VOTE, MOMENTUM, MOMENTUM_STEP, CAST
 INPUT_GRAD, WEIGHT_GRAD, VOTE, MOMENTUM, MOMENTUM_STEP, SKETCH, INIT, COMBINE, CAST = range(1, 10)
 
 
@@ -46,11 +47,18 @@ def splitmix64(x: Any) -> Array:
     return x ^ (x >> np.uint64(31))
 
 
+def _turn(step: int, micro: int) -> int:
+    rank, part = divmod(micro, 2**32)
+    return (step * 0x9E3779B9 + part * 0xC13FA9A9 + rank * 0x91E10DA5) % 2**32
+
+
 def draw(control: Array, micro: int, stream: int, rows: Array, columns: Array) -> Array:
     """32 random bits (rows, columns) of a layer's stream at control's seed, layer and step."""
     seed, layer, step, stripe = (int(control[CONTROL[name]]) for name in ("seed", "layer", "step", "stripe"))
-    key = np.uint64(0)
-    for field in (seed, layer, step + (stripe << 32), micro, stream):
+    place, turn, key = (step + (stripe << 32), micro), 0, np.uint64(0)
+    if stream in TURNED:
+        place, turn = (0, 0), _turn(step, int(micro))
+    for field in (seed, layer, *place, stream):
         key = splitmix64(key ^ np.uint64(field))
     with np.errstate(over="ignore"):
         words = splitmix64(key + rows.astype(np.uint64))[:, None]
@@ -61,7 +69,7 @@ def draw(control: Array, micro: int, stream: int, rows: Array, columns: Array) -
         x = columns.astype(np.uint32)[None, :] * np.uint32(0x9E3779B9) + a
         x = ((x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)) ^ b
         x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
-    return x ^ (x >> np.uint32(16))
+        return (x ^ (x >> np.uint32(16))) + np.uint32(turn)
 
 
 def stochastic_round(

@@ -49,9 +49,9 @@ def apply_vote(u: Array, codes: Array, rows: Array, planes: Planes, micro: int, 
 
 
 def step_size(control: Array) -> Any:
-    """-units * eta * guard, float32; eta at most .1 while the guard is on."""
+    """-units * eta * guard, float32; eta at most .06 while the guard is on."""
     units, eta = list(RULES.values())[int(control[CONTROL["rule"]])][2], F32(control[CONTROL["eta"]])
-    eta = min(eta, F32(0.1)) if control[CONTROL["cap"]] > 0 else eta
+    eta = min(eta, F32(0.06)) if control[CONTROL["cap"]] > 0 else eta
     return (F32(-units) * eta) * F32(control[CONTROL["guard"]])
 
 

@@ -60,7 +60,8 @@ def test_votes_and_factors_are_those_of_the_summed_gradient(isa: str, parts: int
     u = g / np.sqrt(r / r.mean())[:, None] / np.sqrt(c)
     error = planes["votes"] - u * 1024
     assert np.abs(u).max() < 31
-    assert np.abs(error).max() < parts + 0.1 and 0.8 < error.std() / np.sqrt(parts / 6) < 1.2
+    independent = np.sqrt(parts / 6)  # the error of roundings that know nothing of each other; these cancel in part
+    assert np.abs(error).max() < parts + 0.1 and 0.3 < error.std() / independent < (1.1 if parts == 1 else 0.9)
     assert not planes["residual"].any() and planes["control"][CONTROL["micro"]] == parts
     rho = (planes["sketch"].astype(np.float64) ** 2).sum() / planes["control"][CONTROL["sketch_energy"]]
     guessed = planes["row_sum"] * rho / (g**2).mean(1)

@@ -118,22 +118,25 @@ done:
 
 /* ------------------------------------------------------------------ new state */
 typedef struct control_arguments {
-    PyObject *seed, *layer, *eta, *cap, *clip, *betas, *scale_init;
+    PyObject *seed, *layer, *eta, *cap, *clip, *betas, *scale_init; /* NULL: not given */
 } control_arguments;
 
+static const ob_control_init DEFAULTS = {.eta = 0.03, .cap = 0.025, .clip = 3.0, .scale_init = 1.0};
+
+/* init: the defaults, and the rule if it is known */
 static int
 take_control_init(const ob_call *call, const control_arguments *given, ob_control_init *init)
 {
     const size_t exact = ((size_t)1 << 53) - 1;
     size_t seed = 0, layer = 0;
-    double betas[2] = {0.9, 0.95};
-    *init = (ob_control_init){.eta = 0.03, .cap = 0.025, .clip = 3.0, .scale_init = 1.0};
+    double betas[2] = {ob_rule_beta1((ob_rule)init->rule), 0.95};
     if ((given->seed && ob_take_size(call, given->seed, "seed", 0, exact, &seed) < 0) ||
         (given->layer && ob_take_size(call, given->layer, "layer", 0, exact, &layer) < 0) ||
         (given->eta && ob_take_double(call, given->eta, "eta", 0, 1e6, &init->eta) < 0) ||
         (given->cap && ob_take_double(call, given->cap, "cap", 0, 1, &init->cap) < 0) ||
         (given->clip && ob_take_double(call, given->clip, "clip", 1e-6, 1e6, &init->clip) < 0) ||
-        (given->betas && ob_take_betas(call, given->betas, "betas", betas) < 0) ||
+        (given->betas && given->betas != Py_None &&
+         ob_take_betas(call, given->betas, "betas", betas) < 0) ||
         (given->scale_init &&
          ob_take_double(call, given->scale_init, "scale_init", 0, 1e18, &init->scale_init) < 0)) {
         return -1;
@@ -150,7 +153,7 @@ new_control(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
 {
     static char *keys[] = {"seed", "layer", "eta", "cap", "clip", "betas", "scale_init", NULL};
     control_arguments given = {0};
-    ob_control_init init;
+    ob_control_init init = DEFAULTS;
     ob_call call = {.function = "new_control"};
     if (!PyArg_ParseTupleAndKeywords(args, kw, "|$OOOOOOO", keys, &given.seed, &given.layer,
                                      &given.eta, &given.cap, &given.clip, &given.betas,
@@ -196,7 +199,7 @@ new_planes(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
                            "clip",         "betas",       "scale_init", "vote_plane", NULL};
     control_arguments given = {0};
     planes_arguments shape = {0};
-    ob_control_init init;
+    ob_control_init init = DEFAULTS;
     PyObject *packed = Py_None, *planes = NULL;
     const uint8_t *codes = NULL;
     size_t n = 0, k = 0;
@@ -206,8 +209,8 @@ new_planes(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
             args, kw, "OO|O$OOOOOOOOOOO", keys, &shape.rows, &shape.columns, &shape.rule, &packed,
             &shape.stripes, &shape.stripe, &given.seed, &given.layer, &given.eta, &given.cap,
             &given.clip, &given.betas, &given.scale_init, &shape.vote_plane) ||
-        take_control_init(&call, &given, &init) < 0 ||
-        take_planes_init(&call, &shape, &n, &k, &init, &votes) < 0) {
+        take_planes_init(&call, &shape, &n, &k, &init, &votes) < 0 ||
+        take_control_init(&call, &given, &init) < 0) {
         return NULL;
     }
     if (packed == Py_None && init.rule == OB_RULE_byte) {
@@ -218,6 +221,24 @@ new_planes(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
     }
     ob_release(&call);
     return planes;
+}
+
+static PyObject *
+rule_spec(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
+{
+    static char *keys[] = {"rule", NULL};
+    PyObject *name;
+    size_t index;
+    ob_call call = {.function = "rule_spec"};
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "O", keys, &name) ||
+        ob_take_name(&call, name, "rule", OB_RULE_COUNT, ob_rule_text, &index) < 0) {
+        return NULL;
+    }
+    ob_rule rule = (ob_rule)index;
+    return Py_BuildValue("{s:i,s:i,s:i,s:d,s:(dd)}", "residual_bits", ob_rule_residual_bits(rule),
+                         "momentum_bits", ob_rule_momentum_bits(rule), "units", ob_rule_units(rule),
+                         "dead_zone", (double)ob_rule_dead_zone(rule), "betas", ob_rule_beta1(rule),
+                         0.95);
 }
 
 static PyObject *
@@ -267,7 +288,7 @@ PyDoc_STRVAR(
     new_planes_doc,
     "new_planes($module, /, out_features, in_features, rule='residual8', *, packed=None, "
     "stripes=1,\n"
-    "           stripe=0, seed=0, layer=0, eta=0.03, cap=0.025, clip=3.0, betas=(0.9, 0.95),\n"
+    "           stripe=0, seed=0, layer=0, eta=0.03, cap=0.025, clip=3.0, betas=None,\n"
     "           scale_init=1.0, vote_plane=False)\n--\n\n"
     "A dict of the training planes of one layer, 64-byte aligned, as the rule starts them.\n\n"
     "residual: int8 (N, K) for 8 bits and byte, int16 (N, K), uint8 (N, ceil(K/64), 32) for 4 bits "
@@ -294,6 +315,14 @@ PyDoc_STRVAR(plane_specs_doc,
              "            vote_plane=False)\n--\n\n"
              "What new_planes makes, without making it: name -> (shape, dtype).");
 
+PyDoc_STRVAR(rule_spec_doc,
+             "rule_spec($module, /, rule)\n--\n\n"
+             "What a flip rule is, as a dict: residual_bits, momentum_bits, units (of the residual "
+             "in a cell),\n"
+             "dead_zone (of votes, in units of u), betas (decays by default: of the momentum and "
+             "the scale's\n"
+             "first moment, of the factors and the second moment).");
+
 PyDoc_STRVAR(saturated_doc,
              "saturated($module, /, packed, planes)\n--\n\n"
              "How many weights have a residual at its bound (16 and 8 bits: at or beyond half a "
@@ -302,7 +331,7 @@ PyDoc_STRVAR(saturated_doc,
 
 PyDoc_STRVAR(new_control_doc,
              "new_control($module, /, *, seed=0, layer=0, eta=0.03, cap=0.025, clip=3.0, "
-             "betas=(0.9, 0.95),\n"
+             "betas=None,\n"
              "            scale_init=1.0)\n--\n\n"
              "The control array of a layer, float64 (len(CONTROL),); CONTROL names its entries.");
 
@@ -312,6 +341,7 @@ PyMethodDef ob_flip_methods[] = {
     OB_METHOD("scale_step", scale_step, scale_step_doc),
     OB_METHOD("new_planes", new_planes, new_planes_doc),
     OB_METHOD("plane_specs", plane_specs, plane_specs_doc),
+    OB_METHOD("rule_spec", rule_spec, rule_spec_doc),
     OB_METHOD("saturated", saturated, saturated_doc),
     OB_METHOD("new_control", new_control, new_control_doc),
     {NULL, NULL, 0, NULL},

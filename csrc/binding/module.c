@@ -100,6 +100,7 @@ module_exec(PyObject *module)
         add(module, "RULES", names_tuple(OB_RULE_COUNT, ob_rule_text)) < 0 ||
         add(module, "RULES_MOVING_IN_VOTE", moving_rules()) < 0 ||
         add(module, "FORMATS", names_tuple(OB_FORMAT_COUNT, ob_format_text)) < 0 ||
+        add(module, "ETA_LIMIT", PyFloat_FromDouble((double)OB_ETA_LIMIT)) < 0 ||
         PyModule_AddIntConstant(module, "MAX_K", OB_MAX_K) < 0 ||
         PyModule_AddIntConstant(module, "TOKENS_PER_VOTE", OB_TOKENS_PER_VOTE) < 0 ||
         add(module, "reference", reference_module()) < 0 ||

@@ -205,11 +205,11 @@ ob_optimizer_new(PyTypeObject *type, PyObject *args, PyObject *kw)
         "layers",        "lr",   "scale_lr", "betas", "recipe",  "residual_bits", "momentum_bits",
         "flip_rate_cap", "seed", "bias_lr",  "rule",  "stripes", "vote_plane",    NULL};
     const ob_state *state = PyType_GetModuleState(type);
-    PyObject *layers, *lr = NULL, *scale_lr = NULL, *betas = NULL, *recipe = NULL,
+    PyObject *layers, *lr = NULL, *scale_lr = NULL, *betas = Py_None, *recipe = NULL,
                       *residual = Py_None, *momentum = Py_None, *cap = Py_None, *seed = NULL,
                       *bias_lr = NULL, *rule = Py_None, *stripes = NULL, *vote_plane = NULL;
     ob_call call = {.function = "FlipOptimizer"};
-    options o = {0.03, 1e-4, 1e-3, {0.9, 0.95}, 0.025, 0, 1, OB_RULE_residual8, 0};
+    options o = {0.03, 1e-4, 1e-3, {0.0, 0.95}, 0.025, 0, 1, OB_RULE_residual8, 0};
     if (state == NULL ||
         !PyArg_ParseTupleAndKeywords(args, kw, "O|OOOOOOOOOOOO", keys, &layers, &lr, &scale_lr,
                                      &betas, &recipe, &residual, &momentum, &cap, &seed, &bias_lr,
@@ -217,12 +217,15 @@ ob_optimizer_new(PyTypeObject *type, PyObject *args, PyObject *kw)
         (lr && ob_take_double(&call, lr, "lr", 0, 1e6, &o.lr) < 0) ||
         (scale_lr && ob_take_double(&call, scale_lr, "scale_lr", 0, 1e6, &o.scale_lr) < 0) ||
         (bias_lr && ob_take_double(&call, bias_lr, "bias_lr", 0, 1e6, &o.bias_lr) < 0) ||
-        (betas && ob_take_betas(&call, betas, "betas", o.betas) < 0) ||
         (cap != Py_None && ob_take_double(&call, cap, "flip_rate_cap", 0, 1, &o.cap) < 0) ||
         (seed && ob_take_size(&call, seed, "seed", 0, ((size_t)1 << 53) - 1, &o.seed) < 0) ||
         (stripes && ob_take_size(&call, stripes, "stripes", 1, OB_MAX_K, &o.stripes) < 0) ||
         (vote_plane && ob_take_flag(&call, vote_plane, "vote_plane", &o.vote_plane) < 0) ||
         take_rule(&call, recipe, rule, residual, momentum, &o.rule) < 0) {
+        return NULL;
+    }
+    o.betas[0] = ob_rule_beta1(o.rule);
+    if (betas != Py_None && ob_take_betas(&call, betas, "betas", o.betas) < 0) {
         return NULL;
     }
     if (!PyTuple_Check(layers) && !PyList_Check(layers)) {

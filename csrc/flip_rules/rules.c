@@ -42,6 +42,12 @@ ob_rule_dead_zone(ob_rule rule)
     return rules[rule].dead_zone;
 }
 
+double
+ob_rule_beta1(ob_rule rule)
+{
+    return rules[rule].momentum_bits > 0 ? 0.7 : 0.9;
+}
+
 int
 ob_rule_moves_in_vote(ob_rule rule)
 {

@@ -91,12 +91,12 @@ hash_key(ob_rng_row rng)
 }
 
 /* position = column * OB_RNG_GOLDEN + a */
-OB_INLINE vf
-uniform_at(vi position, vi key)
+OB_INLINE vi
+draw_at(vi position, vi key)
 {
     vi x = vi_mul(vi_xor(position, vi_srl(position, 16)), vi_set1((int32_t)OB_RNG_MUL1));
     x = vi_mul(vi_xor(vi_xor(x, vi_srl(x, 15)), key), vi_set1((int32_t)OB_RNG_MUL2));
-    return vf_uniform(vi_xor(x, vi_srl(x, 16)));
+    return vi_xor(x, vi_srl(x, 16));
 }
 
 /* Uniforms of columns first + 16v .. of one row; a constant v costs nothing. */
@@ -106,7 +106,8 @@ uniform_lanes(ob_rng_row rng, size_t first, size_t v)
     vi column = vi_add(vi_iota(), vi_set1((int32_t)(LANES * v)));
     vi position = vi_add(vi_mul(column, vi_set1((int32_t)OB_RNG_GOLDEN)),
                          vi_set1((int32_t)((uint32_t)first * OB_RNG_GOLDEN + rng.a)));
-    return uniform_at(position, vi_set1(hash_key(rng)));
+    return vf_uniform(
+        vi_add(draw_at(position, vi_set1(hash_key(rng))), vi_set1((int32_t)rng.turn)));
 }
 
 /* SR(v) = clamp(floor(v + r), +-limit); a whole limit may come first */

@@ -117,7 +117,8 @@ quantize_columns_sr_body(ob_dtype dt, size_t m, size_t columns, const char *dy, 
             vi column = vi_set1((int32_t)((uint32_t)(t0 + t) * OB_RNG_GOLDEN));
             for (size_t v = 0; v < STRIP_VECTORS && v * LANES < columns; v++) {
                 vf h = vf_mul(load_lanes(dt, dy + (t0 + t) * row_bytes, v * LANES, columns), scale);
-                vf r = uniform_at(vi_add(column, vi_load(a + v * LANES)), vi_load(key + v * LANES));
+                vi position = vi_add(column, vi_load(a + v * LANES));
+                vf r = vf_uniform(draw_at(position, vi_load(key + v * LANES)));
                 vi code = stochastic_round(vf_mul(h, vf_load(inv + v * LANES)), r, 127.0f);
                 total[v] = vi_add(total[v], code);
                 vi_store_i8(tile[t] + v * LANES, code);

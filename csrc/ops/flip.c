@@ -15,6 +15,7 @@ typedef struct flip_call {
     uint8_t *packed;
     const ob_planes *planes;
     uint64_t key, moved;
+    uint32_t turn;
     float step;
     /* with a vote plane; scratch */
     uint64_t cast_key;
@@ -38,7 +39,7 @@ cast_votes(const flip_call *f, const ob_flip_row *row, size_t i, size_t task)
 {
     const ob_planes *p = f->planes;
     size_t strips = OB_CEIL_DIV(f->k, (size_t)OB_STRIP);
-    ob_rng_row rng = ob_rng_at_row(f->cast_key, row->n);
+    ob_rng_row rng = ob_rng_turned_row(f->cast_key, row->n, f->turn);
     ob_cast_row cast = {
         .vote =
             {
@@ -80,7 +81,7 @@ flip_rows(void *arg, size_t task, size_t thread)
     for (size_t i = task * OB_STRIP; i < end; i++) {
         size_t n = f->first + f->stride * i;
         ob_flip_row row = {.k = f->k,
-                           .rng = ob_rng_at_row(f->key, n),
+                           .rng = ob_rng_turned_row(f->key, n, f->turn),
                            .step = f->step,
                            .packed = f->packed,
                            .k_steps = ob_padded_k(f->k) / 16,
@@ -234,8 +235,9 @@ move_codes(size_t n, size_t k, uint8_t *packed, ob_planes *planes, float *rho, u
                    .stride = ob_row_stride(planes),
                    .packed = packed,
                    .planes = planes,
-                   .key = ob_control_key(control, 0.0, OB_STREAM_MOMENTUM_STEP),
-                   .cast_key = ob_control_key(control, 0.0, OB_STREAM_CAST),
+                   .key = ob_control_turned_key(control, OB_STREAM_MOMENTUM_STEP),
+                   .cast_key = ob_control_turned_key(control, OB_STREAM_CAST),
+                   .turn = ob_control_turn(control, 0.0),
                    .step = ob_control_step(planes->rule, control)};
     float *scratch = planes->votes ? open_votes(&f) : NULL;
     if (planes->votes && !scratch) {

@@ -33,6 +33,20 @@ ob_control_key(const double *control, double micro, enum ob_stream stream)
                       (uint64_t)micro, stream);
 }
 
+/* Of the streams that turn (base/rng.h): step and micro-batch are in ob_control_turn alone. */
+OB_INLINE uint64_t
+ob_control_turned_key(const double *control, enum ob_stream stream)
+{
+    return ob_rng_key((uint64_t)control[OB_CTL_SEED], (uint64_t)control[OB_CTL_LAYER], 0, 0,
+                      stream);
+}
+
+OB_INLINE uint32_t
+ob_control_turn(const double *control, double micro)
+{
+    return ob_rng_turn((uint64_t)control[OB_CTL_STEP], (uint64_t)micro);
+}
+
 /* -units * min(eta, OB_ETA_LIMIT) * guard: a vote of 1 in units of the residual */
 OB_INLINE float
 ob_control_step(ob_rule rule, const double *control)

@@ -26,7 +26,7 @@ average_task(void *arg, size_t task, size_t thread)
     const mean_call *c = arg;
     size_t end = OB_MIN(c->share, (task + 1) * TASK_COLUMNS), row = SIZE_MAX;
     int32_t ranks = (int32_t)c->ranks;
-    ob_rng_row rng = {0, 0};
+    ob_rng_row rng = {0};
     (void)thread;
     for (size_t i = task * TASK_COLUMNS; i < end; i++) {
         int32_t sum = 0;

@@ -116,6 +116,7 @@ prepare_votes(vote_call *v)
     float inverse_loss_scale = v->planes ? (float)(1.0 / v->control[OB_CTL_GRAD_SCALE]) : 1.0f,
           mean = 0.0f;
     uint64_t sketch = ob_control_key(v->control, 0.0, OB_STREAM_SKETCH), key = 0;
+    uint32_t turn = 0;
     ob_rng_row sketch_row = ob_rng_at_row(sketch, 0);
     int votes = v->planes && v->control[OB_CTL_STEP] > 0;
     if (votes) {
@@ -127,14 +128,15 @@ prepare_votes(vote_call *v)
         enum ob_stream stream = !v->planes->votes && ob_rule_momentum_bits(v->planes->rule)
                                     ? OB_STREAM_MOMENTUM
                                     : OB_STREAM_VOTE;
-        key = ob_control_key(v->control, (double)v->micro, stream);
+        key = ob_control_turned_key(v->control, stream);
+        turn = ob_control_turn(v->control, (double)v->micro);
     }
     for (size_t i = 0; i < v->rows; i++) {
         size_t n = v->first + v->stride * i;
         float ratio = votes ? v->planes->row_factor[i] / mean : 0.0f;
         v->s[i] = w->scale[w->scale_len == 1 ? 0 : n] * inverse_loss_scale;
         v->a[i] = ratio > 0.0f ? (v->h_scale[i] * v->s[i]) / sqrtf(ratio) : 0.0f;
-        v->rng[i] = ob_rng_at_row(key, n);
+        v->rng[i] = ob_rng_turned_row(key, n, turn);
     }
     for (size_t k = 0; k < v->strips * OB_STRIP; k++) {
         float factor = votes && k < w->k ? v->planes->col_factor[k] : 0.0f;

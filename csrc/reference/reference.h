@@ -146,6 +146,18 @@ ob_ref_key(const double *control, uint64_t micro, enum ob_stream stream)
                       stream);
 }
 
+/* Row i's random numbers of a rounding that writes a plane: one for each weight, turned by step and micro-batch. */
+OB_INLINE ob_rng_row
+ob_ref_turned_row(const double *control, uint64_t micro, enum ob_stream stream, size_t output)
+{
+    uint64_t key =
+        ob_rng_key((uint64_t)control[OB_CTL_SEED], (uint64_t)control[OB_CTL_LAYER], 0, 0, stream);
+    ob_rng_row row = ob_rng_at_row(key, output);
+    row.turn = (uint32_t)((uint64_t)control[OB_CTL_STEP] * 2654435769u +
+                          (micro & 0xFFFFFFFFu) * 3242174889u + (micro >> 32) * 2447445413u);
+    return row;
+}
+
 /* Block-cyclic training: the output of row i of the planes, and how many rows there are; NULL: all rows */
 OB_INLINE size_t
 ob_ref_stride(const ob_planes *planes)

@@ -118,8 +118,9 @@ measure_held(size_t rows, size_t inputs, ob_planes *planes, float rho, float *x)
 static uint64_t
 cast_row(size_t inputs, size_t i, uint8_t *packed, ob_planes *planes, float *u)
 {
-    uint64_t key = ob_ref_key(planes->control, 0, OB_STREAM_CAST), moved = 0;
-    ob_rng_row random = ob_rng_at_row(key, ob_ref_output(planes, i));
+    uint64_t moved = 0;
+    ob_rng_row random =
+        ob_ref_turned_row(planes->control, 0, OB_STREAM_CAST, ob_ref_output(planes, i));
     float clip = (float)planes->control[OB_CTL_CLIP];
     for (size_t k = 0; k < inputs; k++) {
         u[k] = fmaxf(-clip, fminf(clip, held(planes, inputs, i, k)));
@@ -140,8 +141,9 @@ static uint64_t
 step_row(size_t inputs, size_t i, uint8_t *packed, ob_planes *planes)
 {
     int bits = ob_rule_momentum_bits(planes->rule);
-    uint64_t key = ob_ref_key(planes->control, 0, OB_STREAM_MOMENTUM_STEP), moved = 0;
-    ob_rng_row random = ob_rng_at_row(key, ob_ref_output(planes, i));
+    uint64_t moved = 0;
+    ob_rng_row random =
+        ob_ref_turned_row(planes->control, 0, OB_STREAM_MOMENTUM_STEP, ob_ref_output(planes, i));
     size_t blocks = OB_CEIL_DIV(inputs, 64);
     for (size_t k = 0; k < inputs; k++) {
         if (bits > 0) {

@@ -106,8 +106,7 @@ ob_ref_vote_momentum(size_t inputs, const float *u, uint64_t micro, enum ob_stre
                      ob_planes *planes)
 {
     const double *control = planes->control;
-    uint64_t key = ob_ref_key(control, micro, stream);
-    ob_rng_row random = ob_rng_at_row(key, ob_ref_output(planes, i));
+    ob_rng_row random = ob_ref_turned_row(control, micro, stream, ob_ref_output(planes, i));
     float beta1 = micro == 0 ? (float)control[OB_CTL_BETA1] : 1.0f;
     float share = (float)(1.0 - control[OB_CTL_BETA1]);
     int bits = ob_rule_momentum_bits(planes->rule);

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from . import ops
 from .nn import BitLinear, plane_list
 from .optim import DEFAULT_CAP, FlipOptimizer
-from .planes import CONTROL, check, choose_rule, field, kinds, new_planes, repool, rotate
+from .planes import CONTROL, check, choose_rule, default_betas, field, kinds, new_planes, repool, rotate
 from .schedule import cosine
 
 PREFIX = "onebit_"
@@ -43,7 +43,7 @@ class AutoFlip:
         residual_bits: int | None = None,
         momentum_bits: int | None = None,
         flip_rate_cap: float | None = None,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: tuple[float, float] | None = None,
         seed: int = 0,
         rule: str | None = None,
         stripes: int = 1,
@@ -64,7 +64,7 @@ class AutoFlip:
             "seed": seed,
             "eta": flip_lr,
             "cap": cap,
-            "betas": betas,
+            "betas": betas or default_betas(chosen),
             "stripes": stripes,
             "vote_plane": vote_plane,
         }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import ops, planes
 from .nn import BitLinear, layer_of, plane_list
-from .planes import CONTROL, check, choose_rule, control_of, field, new_planes, nonfinite, repool, rotate
+from .planes import CONTROL, check, choose_rule, control_of, default_betas, field, new_planes, nonfinite, repool, rotate
 from .stats import layer_stats
 
 DEFAULT_CAP = 0.025
@@ -49,14 +49,15 @@ class FlipOptimizer(torch.optim.Optimizer):
         lr: eta, cells per step (param group 0, the codes).
         float_lr, weight_decay: AdamW of every other parameter; tensors of one dimension are not decayed.
         scale_lr: Adam of the scales (param group 1), relative to each layer's first scale.  0: codes only.
-        betas: decays of both Adams; the second also of the flip rule's factors.
+        betas: decays of both Adams; the first also of a momentum plane, the second of the flip rule's factors.  None:
+            (.9, .95), and (.7, .95) for codes and scales if the rule has a momentum.
         recipe: "finetune" (residual), "pretrain" (residual and momentum), "frozen" (codes stay: a control).
         residual_bits (16, 8, 4, 2), momentum_bits (0, 4, 8): override the recipe's.
         rule: a name of `onebit_ext.RULES` instead of bits.
         stripes, stripe_steps: block-cyclic training.  Only the rows n % stripes == stripe are in training and have
             planes; after stripe_steps steps of a layer the next stripe's turn comes.  None: `wsd_schedule` sets it.
         flip_rate_cap: share of codes a layer may flip per step before the guard slows it; None: 2.5 %; 0: no guard.
-            With one, an lr beyond .1 counts as .1.
+            With one, an lr beyond .06 counts as .06.
         seed: of all stochastic rounding.
         vote_plane: a step's votes meet in int16 and count as one vote in step(), so that micro-batches and ranks train
             as one batch, by any rule; that plane is zero between steps, and not in state_dict() then.
@@ -76,7 +77,7 @@ class FlipOptimizer(torch.optim.Optimizer):
         lr: float = 0.03,
         float_lr: float = 1e-3,
         scale_lr: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.95),
+        betas: tuple[float, float] | None = None,
         recipe: str = "finetune",
         weight_decay: float = 0.0,
         residual_bits: int | None = None,
@@ -93,7 +94,7 @@ class FlipOptimizer(torch.optim.Optimizer):
         for name, value in {**rates, "flip_rate_cap": flip_rate_cap or 0.0}.items():
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"FlipOptimizer: {name!r} must be finite and not negative, got {value!r}")
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        if betas is not None and (len(betas) != 2 or not all(0 <= beta < 1 for beta in betas)):
             raise ValueError(f"FlipOptimizer: 'betas' must be two numbers in [0, 1), got {betas!r}")
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"FlipOptimizer: 'on_nonfinite' must be 'raise' or 'skip', got {on_nonfinite!r}")
@@ -109,11 +110,12 @@ class FlipOptimizer(torch.optim.Optimizer):
         self.seed, self.on_nonfinite = seed, on_nonfinite
         self.nonfinite_skipped = 0
         self.grad_scaler: torch.amp.GradScaler | None = None
-        self._rates = rates
+        self._rates, self._betas = rates, tuple(betas or default_betas(self.rule))
         self._layers: list[BitLinear] = []
         self._names: dict[BitLinear, str] = {}
         self._adamw = torch.optim.AdamW([torch.zeros(1)])
-        defaults = self._adamw.defaults | {"betas": tuple(betas), "weight_decay": 0.0, "flip_rate_cap": flip_rate_cap}
+        given = {"betas": tuple(betas or default_betas(None))}
+        defaults = self._adamw.defaults | given | {"weight_decay": 0.0, "flip_rate_cap": flip_rate_cap}
         super().__init__(self._groups(params), defaults)
 
     def _choose_rule(self, *given: Any) -> str | None:
@@ -142,9 +144,10 @@ class FlipOptimizer(torch.optim.Optimizer):
                 parts = [([p for p in rest if p.ndim > 1], decay), ([p for p in rest if p.ndim <= 1], 0.0)]
             options = {"lr": self._rates["float_lr"]} | {k: v for k, v in group.items() if k != "params"}
             floats += [options | {"params": p, "weight_decay": d, "kind": "floats"} for p, d in parts if p]
+        ours = {"betas": self._betas, "stripe_steps": self._stripe_steps}
         return [
-            {"params": [*codes.values()], "lr": self._rates["lr"], "kind": "codes", "stripe_steps": self._stripe_steps},
-            {"params": [*scales.values()], "lr": self._rates["scale_lr"], "kind": "scales"},
+            ours | {"params": [*codes.values()], "lr": self._rates["lr"], "kind": "codes"},
+            {"params": [*scales.values()], "lr": self._rates["scale_lr"], "kind": "scales", "betas": self._betas},
             *floats,
         ]
 

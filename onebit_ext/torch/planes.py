@@ -42,6 +42,12 @@ def choose_rule(
     return name
 
 
+def default_betas(rule: str | None) -> tuple[float, float]:
+    """Of a flip rule, (.7, .95) with a momentum; (.9, .95) for whatever is none."""
+    betas: tuple[float, float] = _core.rule_spec(rule if rule in _core.RULES else "residual8")["betas"]
+    return betas
+
+
 def kinds(layer: BitLinear, rule: str | None, stripes: int = 1, stripe: int = 0, vote_plane: bool = False) -> Kinds:
     """Shape and dtype of everything that a rule keeps for a layer, and of `draws`, which every layer has."""
     where: dict[str, Any] = {"stripes": stripes, "stripe": stripe, "vote_plane": vote_plane}

@@ -50,7 +50,7 @@ def test_forward_is_the_oracle(dtype: torch.dtype, rows: bool, shape: tuple[int,
 @pytest.mark.parametrize("recipe", ["finetune", "pretrain"])
 @pytest.mark.parametrize("rows", [False, True])
 def test_training_is_the_oracle(dtype: torch.dtype, recipe: str, rows: bool) -> None:
-    """Four steps of two micro-batches: dx, ds, db, codes, planes, control and scale, every hyper-parameter moved."""
+    """Eight steps of two micro-batches: dx, ds, db, codes, planes, control and scale, every hyper-parameter moved."""
     n, k = 70, 37
     layer = layer_with(n, k, rows, bias=True)
     other = layer_with(6, 9, False, False)  # so that the layer's id is not 0
@@ -66,7 +66,7 @@ def test_training_is_the_oracle(dtype: torch.dtype, recipe: str, rows: bool) -> 
     moments = np.zeros((2, scale.size), np.float32)
     bias = to_numpy(layer.bias).copy()
     moved = 0
-    for _ in range(4):
+    for _ in range(8):
         ds, db = np.zeros(scale.size, np.float32), np.zeros(n, np.float32)
         for _ in range(2):
             x = torch.randn(3, 4, k).to(dtype).requires_grad_()
@@ -92,7 +92,7 @@ def test_training_is_the_oracle(dtype: torch.dtype, recipe: str, rows: bool) -> 
         for name, want in planes.items():
             got = to_numpy(optimizer.state[layer.weight][name])
             assert np.array_equal(got.view(want.dtype), want), name
-    assert moved > 10
+    assert moved > 5
 
 
 class Calls(TorchDispatchMode):

@@ -74,7 +74,7 @@ def test_four_micro_batches_learn_as_one_batch() -> None:
 
 
 def test_a_rate_ten_times_too_large_ends_near_the_best() -> None:
-    """The guard takes it as .1, which stays longer at its peak. Measured: .117 against .1155."""
+    """The guard takes both as .06, the larger for longer."""
     assert 0.95 * mean(1, LR) < mean(1, 10 * LR) < 1.1 * mean(1, LR)
 
 
@@ -83,9 +83,9 @@ def test_without_the_guard_it_does_not() -> None:
 
 
 def test_the_guard_holds_with_a_momentum_too() -> None:
-    """Recipe "pretrain", measured: .572 at the start, .121 at its default .03, .138 at .3, ten times that."""
+    """Recipe "pretrain", measured: .572 at the start, .1139 at its default .03, .1136 at .3, ten times that."""
     runs = [[fine_tune(seed, lr, lambda x: [x], "pretrain")[1] for seed in (0, 1)] for lr in (0.03, 0.3)]
-    assert 1.03 * sum(runs[0]) < sum(runs[1]) < 0.5 * 0.57 * 2
+    assert runs[0] != runs[1] and 0.9 * sum(runs[0]) < sum(runs[1]) < 1.15 * sum(runs[0])
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_zero_grad_leaves_votes(zero: Any) -> None:
 
 def test_unused_layer_is_untouched() -> None:
     model = net()
-    optimizer = FlipOptimizer(model, lr=0.5)
+    optimizer = FlipOptimizer(model, lr=0.5, flip_rate_cap=0)
     train(model, optimizer, 0, 3)
     assert optimizer.state[model.down.weight]["control"][C["moved"]] > 0
     before = snapshot(model, optimizer)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from onebit_ext import _core
+
 FROZEN, HYBRID = "frozen", "shadow32"  # where the gain begins, and where it ends
 
-QUANTA = {16: 1 / 16384, 8: 1 / 128, 4: 1 / 15, 2: 1 / 3}  # of a residual's grid, in cells
-DEAD_ZONE = 1.5  # of votes that a grid coarser than 1/4 cell takes, in units of u
 EVEN, SLOWER = (0.5, 1.0, 2.0), (0.25, 0.5, 1.0)
 
 
@@ -45,18 +45,23 @@ class Arm:
         return eta * sum(float(w.abs().sum()) for w in weights) / sum(w.numel() for w in weights)
 
 
+def _rule(name: str) -> dict[str, Any]:
+    """The grid and the dead zone of a flip rule."""
+    spec = _core.rule_spec(name)
+    return {"quantum": 1 / spec["units"], "dead_zone": spec["dead_zone"]}
+
+
 def _residual(bits: int, momentum: int = 0) -> Arm:
     name = f"residual{bits}" + (f"_momentum{momentum}" if momentum else "")
     label = f"residual {bits}" + (f", momentum {momentum}" if momentum else "")
     factors = EVEN if momentum or bits >= 8 else SLOWER
-    zone = DEAD_ZONE if bits < 4 else 0.0
-    return Arm(name, label, 2 + bits + momentum, {"rule": name}, factors=factors, quantum=QUANTA[bits], dead_zone=zone)
+    return Arm(name, label, 2 + bits + momentum, {"rule": name}, factors=factors, **_rule(name))
 
 
 def _cyclic(stripes: int) -> Arm:
     options = {"rule": "residual8", "stripes": stripes}
     label = f"block-cyclic 1/{stripes}"
-    return Arm(f"cyclic{stripes}", label, 2 + 8 / stripes, options, quantum=QUANTA[8], schedule="wsd")
+    return Arm(f"cyclic{stripes}", label, 2 + 8 / stripes, options, schedule="wsd", **_rule("residual8"))
 
 
 ALL = (
@@ -65,12 +70,12 @@ ALL = (
     Arm("shadow16", "hybrid bfloat16", 48, {"method": "shadow", "shadow_dtype": "bfloat16"}, "hybrid", SLOWER),
     Arm("optimizer32", "float32 in the optimizer", 98, {"method": "optimizer"}, "hybrid", SLOWER),
     Arm("bop", "Bop", 34, {"method": "bop"}, factors=(0.25, 1.0, 4.0)),
-    Arm("stochastic", "stochastic rounding", 2, {"method": "stochastic"}, "eta", SLOWER, 1.0, DEAD_ZONE),
+    Arm("stochastic", "stochastic rounding", 2, {"method": "stochastic"}, factors=SLOWER, **_rule("stochastic")),
     _residual(16),
     _residual(8, 4),
     _residual(8),
     _residual(4, 4),
-    Arm("byte", "one byte", 8, {"rule": "byte"}, quantum=1 / 85),
+    Arm("byte", "one byte", 8, {"rule": "byte"}, **_rule("byte")),
     _residual(4),
     _cyclic(2),
     _residual(2),

@@ -105,7 +105,7 @@ enum { MEAN_R = 32, KEYS = 40 }; /* behind the control: what a step leaves for t
 
 /* ------------------------------------------------------------------ random numbers, as csrc/base/rng.h */
 typedef struct row_key {
-    uint32_t a, b;
+    uint32_t a, b, turn;
 } row_key;
 
 DEVICE uint64_t
@@ -123,7 +123,8 @@ at_row(const double *control, int stream, int64_t row)
     uint64_t key;
     memcpy(&key, control + KEYS + stream, 8);
     key = mix(key + (uint64_t)row);
-    row_key r = {(uint32_t)key, (uint32_t)(key >> 32)};
+    uint32_t turn = stream < VOTE ? 0 : (uint32_t)(uint64_t)control[STEP] * 0x9E3779B9u;
+    row_key r = {(uint32_t)key, (uint32_t)(key >> 32), turn};
     return r;
 }
 
@@ -134,7 +135,7 @@ uniform(row_key row, int64_t column)
     x = (x ^ (x >> 16)) * 0x7FEB352Du;
     x ^= row.b;
     x = (x ^ (x >> 15)) * 0x846CA68Bu;
-    return (float)((x ^ (x >> 16)) >> 8) * 0x1p-24f;
+    return (float)(((x ^ (x >> 16)) + row.turn) >> 8) * 0x1p-24f;
 }
 
 DEVICE float
@@ -373,7 +374,7 @@ vote_strip(int64_t i, const arguments *a)
     }
     float ratio = row_factor[row] / (float)control[MEAN_R], clip = (float)control[CLIP];
     float an = ratio > 0.0f ? (h * sn) / sqrtf(ratio) : 0.0f;
-    float eta = control[CAP] > 0 ? fminf((float)control[ETA], 0.1f) : (float)control[ETA];
+    float eta = control[CAP] > 0 ? fminf((float)control[ETA], 0.06f) : (float)control[ETA];
     float step = (-(float)units * eta) * (float)control[GUARD];
     float u[STRIP], limit = bits == 16 ? 16256.0f : 127.0f;
     for (int j = 0; j < STRIP; j++) {
@@ -455,10 +456,11 @@ KERNEL(collect)
 DEVICE void
 start_step(double *control)
 {
-    uint64_t position = (uint64_t)control[STEP] + ((uint64_t)control[STRIPE] << 32);
-    uint64_t base = mix(mix(mix(mix((uint64_t)control[SEED]) ^ (uint64_t)control[LAYER]) ^ position) ^ 0u);
+    uint64_t layer = mix(mix((uint64_t)control[SEED]) ^ (uint64_t)control[LAYER]);
+    uint64_t now = (uint64_t)control[STEP] + ((uint64_t)control[STRIPE] << 32);
     for (int stream = 0; stream < STREAMS; stream++) {
-        uint64_t key = mix(base ^ (uint64_t)stream);
+        uint64_t step = stream < VOTE ? now : 0u; /* a vote's draws turn instead */
+        uint64_t key = mix(mix(mix(layer ^ step) ^ 0u) ^ (uint64_t)stream);
         memcpy(control + KEYS + stream, &key, 8);
     }
 }

@@ -95,11 +95,9 @@ class Rule:
         if name is None:
             self.bits, self.momentum, self.units, self.half_zones = CODES_ONLY, 0, 1, 0
             return
-        residual, _, momentum = name.partition("_momentum")
-        self.momentum = int(momentum or 0)
-        self.bits = int(residual[8:]) if residual.startswith("residual") else {"byte": 8, "stochastic": 0}[name]
-        self.units = 85 if name == "byte" else {16: 16384, 8: 128, 4: 15, 2: 3, 0: 1}[self.bits]
-        self.half_zones = 3 if self.bits < 4 else 0  # dead zone of its votes, in halves of u
+        spec = _core.rule_spec(name)
+        self.bits, self.momentum, self.units = spec["residual_bits"], spec["momentum_bits"], spec["units"]
+        self.half_zones = round(2 * spec["dead_zone"])  # in halves of u
 
 
 class EmulatedLinear(nn.Module):
@@ -115,8 +113,8 @@ class EmulatedLinear(nn.Module):
         self.scale = nn.Parameter(torch.tensor([scale], device=device, dtype=torch.float32))
         self.codes = codes.to(torch.int8, copy=True).contiguous()
         self.turned = self.codes.t().contiguous()
-        control = np.zeros(CONTROL_LEN)
-        control[: len(CONTROL)] = _core.new_control(layer=layer, scale_init=scale, **options)
+        control, betas = np.zeros(CONTROL_LEN), _core.rule_spec(rule.name or "residual8")["betas"]
+        control[: len(CONTROL)] = _core.new_control(**{"layer": layer, "scale_init": scale, "betas": betas, **options})
         control[CONTROL["stripes"]] = rule.stripes
         self.control = torch.from_numpy(control).to(device)
         self.residual = torch.zeros(rows, k, dtype=torch.int16, device=device)

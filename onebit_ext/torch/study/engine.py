@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from onebit_ext import _core
+
 from .. import BitLinear, ShadowLinear, cosine_schedule, prepare, state_bytes, wsd_schedule
 from ..demo.train import training
 from ..memory import training_bytes
 from .arms import Arm
 from .tasks import Task, absmean
-
-UNITS = {"residual16": 16384, "residual8": 128, "residual4": 15, "residual2": 3, "byte": 85}  # to a cell
 
 
 class Engine:
@@ -115,16 +115,15 @@ def _position(layer: Any, optimizer: torch.optim.Optimizer) -> Tensor | None:
         return codes
     if rule == "optimizer":
         return codes + state["residual"].float()
-    units = UNITS.get(rule.partition("_")[0])
-    if units is None or len(state["row_factor"]) != layer.out_features:  # Bop; a stripe
+    if rule not in _core.RULES or len(state["row_factor"]) != layer.out_features:  # Bop; a stripe
         return None
-    residual = state["residual"]
-    if residual.dtype == torch.uint8:  # fields in blocks of 64 columns, low bits first
-        bits = 4 if units == 15 else 2
+    spec, residual = _core.rule_spec(rule), state["residual"]
+    bits = spec["residual_bits"]
+    if bits < 8:  # fields in blocks of 64 columns, low bits first
         fields = residual.numpy()[:, :, None] >> np.arange(0, 8, bits)[:, None] & (1 << bits) - 1
         signed = ((fields.astype(np.int16) + (1 << bits - 1)) % (1 << bits)) - (1 << bits - 1)
         residual = torch.from_numpy(signed.reshape(layer.out_features, -1)[:, : layer.in_features].copy())
-    return residual.float() / units + (codes if units != 85 else 0)
+    return residual.float() / spec["units"] + (codes if rule != "byte" else 0)
 
 
 def _codes(layer: Any) -> Tensor:
