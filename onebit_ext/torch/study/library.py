@@ -52,7 +52,7 @@ class Library:
         sources = {TASKS[name] for name in names} | ({"code"} if finetune else set())
         self._gather_texts(sorted(source for source in sources if source is not None), say)
         if finetune and not self.checkpoint.exists():
-            say("  pre-training the checkpoint of short, long and facts on code: hybrid float32, then its codes")
+            say("  pre-training the checkpoint of short, long and facts on code: hybrid float32")
             state, record = pretrain(Reading("pretrain", self.size, self.text("code"), None), engine)
             _write(self.checkpoint.with_suffix(".json"), lambda path: path.write_text(json.dumps(record)))
             _write(self.checkpoint, lambda path: save_file(state, path))

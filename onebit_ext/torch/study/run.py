@@ -8,11 +8,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from onebit_ext import _core
+
 from .arms import BY_NAME, HYBRID, Arm
-from .tasks import State, Task, Teaching, absmean
+from .tasks import State, Task, Teaching
 
 POINTS = 10  # of every curve
-ETA_LIMIT = 0.1  # what the guard takes a larger eta as
 
 
 class Trainer(Protocol):
@@ -93,7 +94,7 @@ class Run:
     def finish(self) -> dict[str, Any]:
         extras = self.task.finish(self.codes, self.trainer.codes(), self.trainer.positions())
         if isinstance(self.task, Teaching) and self.arm.quantum is not None:
-            etas = [min(eta, ETA_LIMIT) for eta in self.trainer.etas[1:]]  # the first step only measures
+            etas = [min(eta, _core.ETA_LIMIT) for eta in self.trainer.etas[1:]]  # the first step only measures
             extras |= self.task.law(self.arm.quantum, etas, self.arm.dead_zone)
         return extras
 
@@ -130,20 +131,11 @@ def _plain(value: Any) -> Any:
 
 
 def pretrain(task: Task, engine: Engine) -> tuple[State, dict[str, Any]]:
-    """The one fixed recipe behind every fine-tuning task: a float32 shadow at the task's eta, seed 0, then its codes.
+    """The one fixed recipe behind every fine-tuning task: a float32 shadow at the task's eta, seed 0.
 
-    The float model that comes back holds nothing but its codes, a scale per layer and the float parameters.
+    A shadow goes on from the float weights that come back, everything else from their codes.
     """
     run = Run(BY_NAME[HYBRID], task, 0, task.eta, engine)
     record = run.record("pretrain")
-    trained = {name: value.detach().float().cpu() for name, value in run.trainer.model.state_dict().items()}
-    return _only_codes(trained, task.new_model(0)), record
-
-
-def _only_codes(state: State, model: Any) -> State:
-    """Weights c * T whose absmean gives T and the scale back: no method starts from more than the others."""
-    model.load_state_dict({name: state[name] for name in model.state_dict()})
-    for layer in model.linears():
-        codes, scale = absmean(layer.weight)
-        layer.weight.data = codes * (scale / codes.abs().mean())
-    return {name: value.clone() for name, value in model.state_dict().items()}
+    state = run.trainer.model.state_dict()
+    return {name: state[name].detach().float().cpu() for name in task.new_model(0).state_dict()}, record

@@ -66,9 +66,9 @@ SIZES = {
         windows=256,
         facts=1000,
         budgets={
-            "pretrain": Budget(1500, 64, 0.05),
+            "pretrain": Budget(2500, 64, 0.08),
             "short": Budget(400, 64, 0.04),
-            "long": Budget(1500, 16, 0.02),
+            "long": Budget(2000, 16, 0.04),
             "scratch": Budget(1000, 64, 0.05),
             "copy": Budget(400, 64, 0.05),
             "teacher": Budget(1000, 64, 0.03),
