@@ -66,9 +66,9 @@ def _cyclic(stripes: int) -> Arm:
 
 ALL = (
     Arm(FROZEN, "codes frozen", 2, {"method": "frozen"}, "scale", (1.0, 4.0, 16.0)),
-    Arm(HYBRID, "hybrid float32", 96, {"method": "shadow"}, "hybrid", SLOWER),
-    Arm("shadow16", "hybrid bfloat16", 48, {"method": "shadow", "shadow_dtype": "bfloat16"}, "hybrid", SLOWER),
-    Arm("optimizer32", "float32 in the optimizer", 98, {"method": "optimizer"}, "hybrid", SLOWER),
+    Arm(HYBRID, "hybrid float32", 96, {"method": "shadow"}, "hybrid"),
+    Arm("shadow16", "hybrid bfloat16", 48, {"method": "shadow", "shadow_dtype": "bfloat16"}, "hybrid"),
+    Arm("optimizer32", "float32 in the optimizer", 98, {"method": "optimizer"}, "hybrid"),
     Arm("bop", "Bop", 34, {"method": "bop"}, factors=(0.25, 1.0, 4.0)),
     Arm("stochastic", "stochastic rounding", 2, {"method": "stochastic"}, factors=SLOWER, **_rule("stochastic")),
     _residual(16),

@@ -134,7 +134,7 @@ class Trainer:
         self.etas = eta.tolist()
         self.rates = torch.tensor(rates, device=self.device)
         self.float_rates = torch.tensor(task.float_lr * whole, dtype=torch.float32, device=self.device)
-        self.shadow_rates = torch.tensor(self.rate * whole, dtype=torch.float32, device=self.device)
+        self.shadow_rates = torch.tensor(self.rate * _factors(shape, steps), dtype=torch.float32, device=self.device)
 
     def _optimizer(self) -> None:
         self.floats = self.model.float_parameters()
