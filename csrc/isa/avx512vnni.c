@@ -49,6 +49,8 @@ forward_tile(size_t rows, size_t width, size_t k_steps, const uint8_t *q, const 
              size_t ldx, const int32_t *offset, ob_acc *acc)
 {
     const __m512i three = _mm512_set1_epi8(3);
+    /* one pass asks for its own codes; each of two for half of the next strip, so that DRAM's time is the products' */
+    const char *ahead = (const char *)q + (width == 4 ? 4096 : 256 * k_steps);
     for (size_t column = 0; column < OB_STRIP; column += 16 * width) {
         const uint8_t *at = q + 4 * column;
         const int8_t *from = x;
@@ -57,17 +59,25 @@ forward_tile(size_t rows, size_t width, size_t k_steps, const uint8_t *q, const 
         for (size_t i = 0; i < k_steps; i++, at += 256, from += 16) {
             const int8_t *upper = from + 6 * ldx;
             __asm__("" : "+r"(upper)); /* 12 offsets from one base would not fit the registers */
-            for (size_t line = 0; line < width; line++) {
-                _mm_prefetch((const char *)at + 2048 + 64 * line, _MM_HINT_T0);
+            __m512i held[2];
+#pragma GCC unroll 4
+            for (size_t v = 0; v < width; v++, ahead += 64) {
+                if (width == 4) {
+                    _mm_prefetch(ahead, _MM_HINT_T0);
+                }
+                else {
+                    _mm_prefetch(ahead, _MM_HINT_T1);
+                    held[v] = _mm512_loadu_si512(at + 64 * v);
+                    __asm__("" : "+v"(held[v])); /* one load, not four: 1.1 a cycle start */
+                }
             }
 #pragma GCC unroll 4
             for (int p = 0; p < 4; p++) {
                 __m512i w[4];
 #pragma GCC unroll 4
                 for (size_t v = 0; v < width; v++) {
-                    w[v] = _mm512_and_si512(
-                        _mm512_srli_epi16(_mm512_loadu_si512(at + 64 * v), (uint8_t)(2 * p)),
-                        three);
+                    __m512i codes = width == 4 ? _mm512_loadu_si512(at + 64 * v) : held[v];
+                    w[v] = _mm512_and_si512(_mm512_srli_epi16(codes, (uint8_t)(2 * p)), three);
                 }
 #pragma GCC unroll 12
                 for (size_t r = 0; r < rows; r++) {
