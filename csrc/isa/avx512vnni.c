@@ -49,8 +49,8 @@ forward_tile(size_t rows, size_t width, size_t k_steps, const uint8_t *q, const 
              size_t ldx, const int32_t *offset, ob_acc *acc)
 {
     const __m512i three = _mm512_set1_epi8(3);
-    /* one pass asks for its own codes; each of two for half of the next strip, so that DRAM's time is the products' */
-    const char *ahead = (const char *)q + (width == 4 ? 4096 : 256 * k_steps);
+    /* Of two passes each asks for half of the strip's bytes, in order, half a strip ahead: DRAM's time is the products'. */
+    const char *ahead = (const char *)q + (width == 4 ? 4096 : 128 * k_steps + 4096);
     for (size_t column = 0; column < OB_STRIP; column += 16 * width) {
         const uint8_t *at = q + 4 * column;
         const int8_t *from = x;
