@@ -274,3 +274,28 @@ def test_an_infinite_gradient_of_any_row_counts(stripes: int) -> None:
         with pytest.raises(FloatingPointError):
             layer.backward(dy, input_grad=False)
         assert not layer.bias_grad.any() and not layer.scale_grad.any() and opt.stripes == stripes
+
+
+# ------------------------------------------------------------------ numbers that turn
+@pytest.mark.parametrize(
+    ("rule", "parts", "rank"),
+    [("residual8", 1, 0), ("residual8", 3, 0), ("residual8", 1, 5), ("residual8_momentum8", 1, 0)],
+)
+def test_rounding_errors_of_a_steady_vote_cancel(rule: str, parts: int, rank: int) -> None:
+    """Votes of .384 units a step: 100 independent roundings would spread the residuals by 4.9 (momentum apart)."""
+    n, k, steps = 40, 64, 100
+    x, signs = np.ones((16, k), F32), np.where(np.arange(n) % 2, 1, -1).astype(F32)
+    dy = np.ones((16, 1), F32) * signs * F32(0.5)  # +-127 at the top of their range: g is the same at every step
+    packed, scale = ob.pack(np.zeros((n, k), np.int8)), np.ones(1, F32)
+    planes = ob.new_planes(n, k, rule, eta=0.003, cap=0, seed=7, layer=2)
+    for step in range(steps + 1):  # the first measures
+        planes["control"][CONTROL["micro"]] = rank * 2.0**32
+        for _ in range(parts):
+            _, xq, sx = oracle.linear_forward(x, np.zeros((n, k), np.int8), scale)
+            _core.vote(dy, xq, sx, packed, scale, k, planes)
+        planes["control"][CONTROL["micro"]] = parts
+        ob.flip(packed, planes)
+        assert planes["control"][CONTROL["step"]] == step + 1
+    u = 1 if "momentum" not in rule else 1 - 0.7 * (1 - 0.7**steps) / (1 - 0.7) / steps
+    error = planes["residual"] * -signs[:, None] - steps * 0.384 * u
+    assert np.abs(error.mean()) < 1 and 0.2 < error.std() < 1.5  # each weight has its own number
