@@ -49,9 +49,9 @@ class FlipOptimizer(torch.optim.Optimizer):
         lr: eta, cells per step (param group 0, the codes).
         float_lr, weight_decay: AdamW of every other parameter; tensors of one dimension are not decayed.
         scale_lr: Adam of the scales (param group 1), relative to each layer's first scale.  0: codes only.
-        betas: decays of both Adams; the first also of a momentum plane, the second of the flip rule's factors.  None:
-            (.9, .95), and (.7, .95) for codes and scales if the rule has a momentum.
-        recipe: "finetune" (residual), "pretrain" (residual and momentum), "frozen" (codes stay: a control).
+        betas: decays of both Adams, of a momentum plane (first) and the flip rule's factors (second).  None: (.9, .95),
+            for codes and scales (.7, .95) if the rule has a momentum.
+        recipe: "finetune" (residual), "pretrain" (momentum too; wants `wsd_schedule`), "frozen" (codes stay).
         residual_bits (16, 8, 4, 2), momentum_bits (0, 4, 8): override the recipe's.
         rule: a name of `onebit_ext.RULES` instead of bits.
         stripes, stripe_steps: block-cyclic training.  Only the rows n % stripes == stripe are in training and have
@@ -114,9 +114,8 @@ class FlipOptimizer(torch.optim.Optimizer):
         self._layers: list[BitLinear] = []
         self._names: dict[BitLinear, str] = {}
         self._adamw = torch.optim.AdamW([torch.zeros(1)])
-        given = {"betas": tuple(betas or default_betas(None))}
-        defaults = self._adamw.defaults | given | {"weight_decay": 0.0, "flip_rate_cap": flip_rate_cap}
-        super().__init__(self._groups(params), defaults)
+        ours = {"betas": tuple(betas or default_betas(None)), "weight_decay": 0.0, "flip_rate_cap": flip_rate_cap}
+        super().__init__(self._groups(params), self._adamw.defaults | ours)
 
     def _choose_rule(self, *given: Any) -> str | None:
         return choose_rule(*given)
@@ -144,12 +143,9 @@ class FlipOptimizer(torch.optim.Optimizer):
                 parts = [([p for p in rest if p.ndim > 1], decay), ([p for p in rest if p.ndim <= 1], 0.0)]
             options = {"lr": self._rates["float_lr"]} | {k: v for k, v in group.items() if k != "params"}
             floats += [options | {"params": p, "weight_decay": d, "kind": "floats"} for p, d in parts if p]
-        ours = {"betas": self._betas, "stripe_steps": self._stripe_steps}
-        return [
-            ours | {"params": [*codes.values()], "lr": self._rates["lr"], "kind": "codes"},
-            {"params": [*scales.values()], "lr": self._rates["scale_lr"], "kind": "scales", "betas": self._betas},
-            *floats,
-        ]
+        ours = {"params": [*codes.values()], "lr": self._rates["lr"], "kind": "codes", "betas": self._betas}
+        scaling = {"params": [*scales.values()], "lr": self._rates["scale_lr"], "kind": "scales", "betas": self._betas}
+        return [ours | {"stripe_steps": self._stripe_steps}, scaling, *floats]
 
     @staticmethod
     def _split(group: dict[str, Any], codes: dict[int, Tensor], scales: dict[int, Tensor]) -> list[Tensor]:
