@@ -194,9 +194,9 @@ def _law(records: Sequence[Record], labels: dict[str, str], path: Path) -> Path:
     axes.axhline(0.25, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)), zorder=0)
     axes.text(low * 1.2, 0.27, "sigma = half a cell", va="bottom", **place)
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
-    axes.set_xlabel("sigma² that rounding adds to T + e, predicted, cells²")
+    axes.set_xlabel("sigma² that independent rounding would add to T + e, cells²")
     axes.set_ylabel("sigma² between twins / 2, measured, cells²")
-    axes.set_title("teacher: rounding as diffusion (line: as predicted)", loc="left", color=INK, fontsize=11)
+    axes.set_title("teacher: rounding as diffusion (line: independent numbers)", loc="left", color=INK, fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     shown = [label for label in labels.values() if label in handles]

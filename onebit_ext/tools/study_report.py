@@ -232,8 +232,8 @@ def _law(records: Sequence[Record]) -> list[str]:
         return []
     ratios = sorted(record["sigma2"] / record["rounding"] for record in found)
     return [
-        f"Does rounding diffuse as predicted? sigma^2 over its prediction, residual 8 and one byte, {len(found)} runs: "
-        f"median {statistics.median(ratios):.2f}, {ratios[0]:.2f} to {ratios[-1]:.2f}."
+        "What rounding diffuses, sigma^2, over what independent numbers would, residual 8 and one byte, "
+        f"{len(found)} runs: median {statistics.median(ratios):.2f}, {ratios[0]:.2f} to {ratios[-1]:.2f}."
     ]
 
 
