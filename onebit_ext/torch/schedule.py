@@ -44,9 +44,8 @@ def cosine_schedule(
 def wsd_schedule(
     optimizer: torch.optim.Optimizer, steps: int, warmup: float = WARMUP
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """As `cosine_schedule`, but the codes' rate stays at its peak and falls over the last 40 % (`wsd`).
-
-    A stripe of a block-cyclic optimizer has few steps: this one makes more of them, at 2/3 to 3/4 of the peak.
+    """As `cosine_schedule`, but the rate of codes, or of a float shadow, stays at its peak and falls over the last 40 %
+    (`wsd`): from scratch every method ends lower, and a stripe of a block-cyclic optimizer makes more of its few steps.
     """
     return _schedule("wsd_schedule", optimizer, steps, warmup, wsd)
 

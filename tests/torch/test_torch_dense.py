@@ -239,16 +239,20 @@ def test_every_stripe_has_its_own_cycle() -> None:
     assert optimizer.param_groups[0]["lr"] == optimizer.param_groups[2]["lr"] == 0
 
 
-@pytest.mark.parametrize("stripes, cycle", [(1, 30), (3, 10)])
+@pytest.mark.parametrize("stripes, cycle", [(1, 30), (3, 10), (0, 30)])
 def test_wsd_schedule(stripes: int, cycle: int) -> None:
-    optimizer = FlipOptimizer(net(), lr=0.1, float_lr=0.2, stripes=stripes)
+    """stripes = 0: a float shadow, whose rate goes as that of codes."""
+    if stripes:
+        optimizer: torch.optim.Optimizer = FlipOptimizer(net(), lr=0.1, float_lr=0.2, stripes=stripes)
+    else:
+        model, optimizer = prepare(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), "shadow", lr=0.1, float_lr=0.2)
     schedule = wsd_schedule(optimizer, 30, 0.2)
     for step in range(31):
         place = step % cycle
         want = min((place + 1) / (0.2 * cycle), 1) * min(1, (cycle - place) / (0.4 * cycle)) * (step < 30)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * want, abs=1e-12)
         rest = min(1, (step + 1) / 6) * (1 + math.cos(math.pi * step / 30)) / 2
-        assert optimizer.param_groups[2]["lr"] == pytest.approx(0.2 * rest, abs=1e-12)
+        assert optimizer.param_groups[-1]["lr"] == pytest.approx(0.2 * rest, abs=1e-12)
         optimizer.step()
         schedule.step()
     with pytest.raises(ValueError, match="wsd_schedule: 'steps'"):

@@ -62,7 +62,7 @@ def shadow_optimizer(
     shadows = [module.weight for module in model.modules() if isinstance(module, ShadowLinear)]
     known = {id(weight) for weight in shadows}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
-    groups = [{"params": shadows, "lr": lr}, {"params": rest, "lr": float_lr}]
+    groups = [{"params": shadows, "lr": lr, "kind": "codes"}, {"params": rest, "lr": float_lr}]  # kind: for schedules
     options = {"weight_decay": 0.0} | options
     return torch.optim.AdamW([group for group in groups if group["params"]], betas=betas, **options)
 

@@ -127,7 +127,7 @@ class Trainer:
         stripes = self.emulated[0].rule.stripes if self.emulated else 1
         each = -(-steps // stripes)
         self.stripe_steps = each if stripes > 1 else 0
-        shape = wsd if self.arm.schedule == "wsd" else cosine
+        shape = wsd if "wsd" in (self.arm.schedule, task.schedule) else cosine
         eta = np.tile(_factors(shape, each), stripes)[:steps] * (0.0 if self.arm.dial == "scale" else self.rate)
         scale_lr = self.rate if self.arm.dial == "scale" else task.scale_lr
         rates = np.stack([np.append(eta[1:], 0.0), scale_lr * whole], 1)

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Budget:
-    """Steps of `batch` windows; eta: the middle of what every arm's dial is tried at, in cells per step."""
+    """Steps of `batch` windows; eta: the middle of what every arm's dial is tried at, in cells per step.
+
+    schedule: of the codes or of a float weight; "wsd" helps every arm that starts from scratch.
+    """
 
     steps: int
     batch: int
     eta: float
+    schedule: str = "cosine"
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,8 @@ SIZES = {
             "pretrain": Budget(700, 16, 0.03),
             "short": Budget(80, 8, 0.05),
             "long": Budget(110, 8, 0.05),
-            "scratch": Budget(130, 8, 0.04),
-            "copy": Budget(100, 8, 0.08),
+            "scratch": Budget(130, 8, 0.04, "wsd"),
+            "copy": Budget(100, 8, 0.08, "wsd"),
             "teacher": Budget(120, 32, 0.05),
             "facts": Budget(80, 8, 0.05),
         },
@@ -69,8 +73,8 @@ SIZES = {
             "pretrain": Budget(2500, 64, 0.08),
             "short": Budget(400, 64, 0.04),
             "long": Budget(2000, 16, 0.03),
-            "scratch": Budget(1000, 64, 0.05),
-            "copy": Budget(400, 64, 0.05),
+            "scratch": Budget(1000, 64, 0.05, "wsd"),
+            "copy": Budget(400, 64, 0.05, "wsd"),
             "teacher": Budget(1000, 64, 0.03),
             "facts": Budget(400, 64, 0.03),
         },

@@ -27,7 +27,7 @@ class Task(ABC):
     def __init__(self, name: str, size: Size) -> None:
         self.name, self.size = name, size
         budget = size.budgets[name]
-        self.steps, self.batch, self.eta = budget.steps, budget.batch, budget.eta
+        self.steps, self.batch, self.eta, self.schedule = budget.steps, budget.batch, budget.eta, budget.schedule
         self.float_lr = size.float_lr if self.scratch else size.float_lr / 4
         self.scale_lr = size.scale_lr * (6 if self.scratch else 1)
 
