@@ -159,9 +159,9 @@ def test_training_is_the_oracles(recipe: str) -> None:
     """Forward, backward and step against NumPy, every hyper-parameter off its default."""
     layer = ob.TernaryLinear(70, 83, scale="row", bias=True, seed=9)
     layer.scale[:] = np.linspace(0.05, 0.2, 83, dtype=np.float32)
-    options = {"lr": 0.4, "scale_lr": 3e-3, "betas": (0.7, 0.85), "flip_rate_cap": 0.004, "seed": 5, "bias_lr": 2e-2}
+    options = {"lr": 0.4, "scale_lr": 3e-3, "betas": (0.6, 0.85), "flip_rate_cap": 0.004, "seed": 5, "bias_lr": 2e-2}
     opt = ob.FlipOptimizer([ob.TernaryLinear(3, 2), layer], recipe=recipe, **options)
-    planes = ob.new_planes(83, 70, opt.rule, seed=5, layer=1, eta=0.4, cap=0.004, betas=(0.7, 0.85))
+    planes = ob.new_planes(83, 70, opt.rule, seed=5, layer=1, eta=0.4, cap=0.004, betas=(0.6, 0.85))
     codes, scale, bias = layer.codes(), layer.scale.copy(), np.zeros(83, np.float32)
     planes["control"][C["scale_init"]] = sum(map(float, scale)) / 83
     moments = np.zeros((4, 83), np.float32)
@@ -180,10 +180,10 @@ def test_training_is_the_oracles(recipe: str) -> None:
         opt.step()
         moved = oracle.flip(codes, planes)
         oracle.scale_step(scale, ds, moments[0], moments[1], planes["control"], 3e-3)
-        bias_adam(bias, db, moments[2:], powers, 2e-2, (0.7, 0.85))
+        bias_adam(bias, db, moments[2:], powers, 2e-2, (0.6, 0.85))
         assert opt.flip_rate == moved / (83 * 70 + 6)
         assert same([layer.codes(), layer.scale, layer.bias], [codes, scale, bias]) and same(layer.planes, planes)
-    assert (layer.codes() != ob.TernaryLinear(70, 83, seed=9).codes()).mean() > 0.005
+    assert (layer.codes() != ob.TernaryLinear(70, 83, seed=9).codes()).mean() > 0.003
 
 
 def bias_adam(

@@ -41,7 +41,7 @@ def arrays(layer: BitLinear) -> dict[str, Any]:
 def test_training_is_the_oracles(options: dict[str, Any]) -> None:
     torch.manual_seed(9)
     layer = BitLinear(K, N, bias=True, scale="row")
-    settings: dict[str, Any] = {"lr": 0.4, "scale_lr": 0.0, "float_lr": 0.0, "betas": (0.7, 0.85)}
+    settings: dict[str, Any] = {"lr": 0.4, "scale_lr": 0.0, "float_lr": 0.0, "betas": (0.6, 0.85)}
     opt = FlipOptimizer(layer, flip_rate_cap=0 if "stripes" in options else 0.02, seed=5, **settings, **options)
     codes, scale, moved = layer.codes().numpy(), layer.scale.detach().numpy(), 0
     bias = ops.array(layer.bias)  # type: ignore[arg-type]
