@@ -17,7 +17,7 @@ class Arm:
     """prepare(model, **options) with one dial, tried at each of `factors` times the task's eta (or rate of the scales).
 
     bits: persistent ones per weight, nominal.  quantum: of what the rule writes, in cells.  dead_zone: of its votes.
-    schedule: of the codes, "wsd" whatever the task has, or the task's.  dial: what is tuned.
+    schedule: of the codes, "cosine" or "wsd"; None: the task's.  dial: what is tuned.
     "eta": cells per step of the codes, or the rate of Bop's mean; "hybrid": AdamW's rate of the float weight, in cells
     (times mean |W|); "scale": the scales' rate.
     """

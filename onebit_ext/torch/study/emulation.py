@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from onebit_ext import _core
 
+from ..planes import default_betas
+
 SOURCE = Path(__file__).with_name("emulation.cu")
 CONTROL = _core.CONTROL
 CONTROL_LEN = 48  # onebit.h's fields, then the mean of R at 32 and the keys of the random streams from 40
@@ -113,8 +115,9 @@ class EmulatedLinear(nn.Module):
         self.scale = nn.Parameter(torch.tensor([scale], device=device, dtype=torch.float32))
         self.codes = codes.to(torch.int8, copy=True).contiguous()
         self.turned = self.codes.t().contiguous()
-        control, betas = np.zeros(CONTROL_LEN), _core.rule_spec(rule.name or "residual8")["betas"]
-        control[: len(CONTROL)] = _core.new_control(**{"layer": layer, "scale_init": scale, "betas": betas, **options})
+        control = np.zeros(CONTROL_LEN)
+        options = {"betas": default_betas(rule.name)} | options
+        control[: len(CONTROL)] = _core.new_control(layer=layer, scale_init=scale, **options)
         control[CONTROL["stripes"]] = rule.stripes
         self.control = torch.from_numpy(control).to(device)
         self.residual = torch.zeros(rows, k, dtype=torch.int16, device=device)

@@ -52,7 +52,7 @@ class Trainer:
         self._losses: list[Tensor] = []
         self._flips: list[float] = []
         self._watched = False
-        scheduled = wsd_schedule if "wsd" in (arm.schedule, task.schedule) else cosine_schedule
+        scheduled = wsd_schedule if (arm.schedule or task.schedule) == "wsd" else cosine_schedule
         schedule = scheduled(self.optimizer, task.steps)
         clip = [*self.model.float_parameters()]
         clip += [layer.weight for layer in self.model.linears() if layer.weight.requires_grad]

@@ -127,14 +127,14 @@ class Trainer:
         stripes = self.emulated[0].rule.stripes if self.emulated else 1
         each = -(-steps // stripes)
         self.stripe_steps = each if stripes > 1 else 0
-        shape = wsd if "wsd" in (self.arm.schedule, task.schedule) else cosine
+        shape = wsd if (self.arm.schedule or task.schedule) == "wsd" else cosine
         eta = np.tile(_factors(shape, each), stripes)[:steps] * (0.0 if self.arm.dial == "scale" else self.rate)
         scale_lr = self.rate if self.arm.dial == "scale" else task.scale_lr
         rates = np.stack([np.append(eta[1:], 0.0), scale_lr * whole], 1)
         self.etas = eta.tolist()
         self.rates = torch.tensor(rates, device=self.device)
         self.float_rates = torch.tensor(task.float_lr * whole, dtype=torch.float32, device=self.device)
-        self.shadow_rates = torch.tensor(self.rate * _factors(shape, steps), dtype=torch.float32, device=self.device)
+        self.shadow_rates = torch.tensor(eta, dtype=torch.float32, device=self.device)
 
     def _optimizer(self) -> None:
         self.floats = self.model.float_parameters()
