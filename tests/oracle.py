@@ -208,7 +208,7 @@ def _scale(acc: Array, hs: Array, codes: Array, rows: Array, stripes: int, ds: A
 def _measure(acc: Array, hs: Array, unscaled: Array, planes: Planes) -> None:
     n, k = acc.shape
     control = planes["control"]
-    g = (acc.astype(F32) * hs[:, None]) * unscaled[:, None]
+    g = acc.astype(F32) * (hs * unscaled)[:, None]
     planes["row_sum"] += sum_rows(g * g) / F32(max(k, 1))
     blocks = np.array([in_order(g[i : i + 256] * g[i : i + 256]) for i in range(0, n, 256)], F32)
     if n > 0:
@@ -225,10 +225,11 @@ def _cast(acc: Array, hs: Array, unscaled: Array, codes: Array, rows: Array, pla
     cols = planes["col_factor"]
     q = row_ratio(planes)
     a = np.where(q > 0, (hs * unscaled) / np.sqrt(q), F32(0))
+    a = np.where(np.abs(a) < 2.0**90, a, F32(0))
     c = np.where(cols > 0, F32(1) / np.sqrt(cols), F32(0))
     clip = F32(31) if "votes" in planes else F32(planes["control"][CONTROL["clip"]])
     u = (acc.astype(F32) * a[:, None]) * c[None, :]
-    u = np.where(np.isnan(u), F32(0), np.clip(u, -clip, clip)).astype(F32)
+    u = np.clip(u, -clip, clip)
     if "votes" in planes:
         held = planes["votes"] + stochastic_round(u * F32(1024), planes["control"], micro, VOTE, 2**20, rows)
         planes["votes"][...] = np.clip(held, -32767, 32767)

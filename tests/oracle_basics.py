@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import ml_dtypes
@@ -33,7 +34,8 @@ RULES = {  # bits of residual, bits of momentum, residual units per cell
     "stochastic": (0, 0, 1),
 }
 DEAD_ZONE = {"residual2": 1.5, "stochastic": 1.5}  # of votes, in units of u
-TURNED = (3, 4, 5, 9)  # VOTE, MOMENTUM, MOMENTUM_STEP, CAST
+STEPWISE = (3, 4, 5, 9)  # VOTE, MOMENTUM, MOMENTUM_STEP, CAST: one number for each weight, turned at each step
+INDEPENDENT = (6, 7)  # SKETCH, INIT
 INPUT_GRAD, WEIGHT_GRAD, VOTE, MOMENTUM, MOMENTUM_STEP, SKETCH, INIT, COMBINE, CAST = range(1, 10)
 
 
@@ -53,10 +55,13 @@ def _turn(step: int, micro: int) -> int:
 
 
 def draw(control: Array, micro: int, stream: int, rows: Array, columns: Array) -> Array:
-    """32 random bits (rows, columns) of a layer's stream at control's seed, layer and step."""
+    """32 random bits (rows, columns) of a layer's stream at control's seed, layer and step.
+
+    A row's are a Kronecker sequence a + column (sqrt 2 - 1) mod 1, 24 bits of it; independent streams have a hash.
+    """
     seed, layer, step, stripe = (int(control[CONTROL[name]]) for name in ("seed", "layer", "step", "stripe"))
     place, turn, key = (step + (stripe << 32), micro), 0, np.uint64(0)
-    if stream in TURNED:
+    if stream in STEPWISE:
         place, turn = (0, 0), _turn(step, int(micro))
     for field in (seed, layer, *place, stream):
         key = splitmix64(key ^ np.uint64(field))
@@ -66,10 +71,13 @@ def draw(control: Array, micro: int, stream: int, rows: Array, columns: Array) -
             (words & np.uint64(0xFFFFFFFF)).astype(np.uint32),
             (words >> np.uint64(32)).astype(np.uint32),
         )
+        if stream not in INDEPENDENT:
+            root = np.uint32((math.isqrt(2 << 48) - 2**24 | 1) << 8)
+            return columns.astype(np.uint32)[None, :] * root + (a + np.uint32(turn) & np.uint32(0xFFFFFF00))
         x = columns.astype(np.uint32)[None, :] * np.uint32(0x9E3779B9) + a
         x = ((x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)) ^ b
         x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
-        return (x ^ (x >> np.uint32(16))) + np.uint32(turn)
+        return x ^ (x >> np.uint32(16))
 
 
 def stochastic_round(

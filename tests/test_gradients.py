@@ -32,16 +32,18 @@ def means(call: Callable[[int], Array]) -> dict[int, Array]:
     return found
 
 
-def assert_converges(call: Callable[[int], Array], dense: Array, variance: Array) -> None:
-    """The squared error at each number of seeds is variance / seeds, within what chance allows."""
+def assert_converges(call: Callable[[int], Array], dense: Array, variance: Array, chance: float = 1.6) -> None:
+    """The squared error at each number of seeds is variance / seeds, within what chance allows.
+
+    A sum over roundings of one row has few degrees of freedom: one number turns through all of them."""
     errors = {}
     for seeds, mean in means(call).items():
         errors[seeds] = ((mean - dense) ** 2).sum()
         ratio = errors[seeds] / (variance.sum() / seeds)
-        assert 0.6 < ratio < 1.6, f"{seeds} seeds: {ratio:.2f} x the expected squared error"
+        assert 1 / chance < ratio < chance, f"{seeds} seeds: {ratio:.2f} x the expected squared error"
     for few, many in ((64, 512), (512, 4096)):
         shrink = np.sqrt(errors[few] / errors[many])
-        assert np.sqrt(8) * 0.7 < shrink < np.sqrt(8) * 1.4, f"{few} -> {many} seeds: {shrink:.2f}"
+        assert np.sqrt(8 / chance) * 0.9 < shrink < np.sqrt(8 * chance) * 1.1, f"{few} -> {many} seeds: {shrink:.2f}"
 
 
 def rounding_variance(v: Array) -> Array:
@@ -136,7 +138,7 @@ def test_weight_gradient() -> None:
 
 def test_scale_gradient_by_row() -> None:
     layer = Layer()
-    assert_converges(layer.scale_gradient, (layer.codes * layer.dw).sum(1), layer.ds_variance)
+    assert_converges(layer.scale_gradient, (layer.codes * layer.dw).sum(1), layer.ds_variance, 2.5)
 
 
 def test_scale_gradient_of_a_tensor() -> None:

@@ -2,16 +2,20 @@
  *
  *   key(seed, layer, step, micro, stream)      64 bits, SplitMix64 finaliser chained over the five fields
  *   (a, b) = halves of splitmix(key + row)     one pair per logical row
- *   draw(a, b, column) = keyed lowbias32       32 bits
- *   turn(step, micro)                          added to the draws of the roundings that write one weight vote after vote
  *
- * Their draws do not depend on step and micro otherwise: a weight keeps its number and turns it by the golden ratio at each
- * step, by the plastic number's inverse at each micro-batch, by its square at each rank (high word of micro): a Kronecker
- * sequence. Each single vote is rounded by a uniform number as before, but a weight's errors cancel over the steps instead
- * of adding up as independent ones do.
+ * Stochastic rounding compares with numbers that turn, a Kronecker sequence: a + column * (sqrt 2 - 1) mod 1. Each of them
+ * is uniform, because a is, and together they cover the circle more evenly than independent ones: what rounding adds to a
+ * sum over the columns mostly cancels.
+ *
+ * The roundings that write one weight vote after vote have the same a at every step, and turn it: by the golden ratio
+ * at each step, by the plastic number's inverse at each micro-batch, by its square at each rank (high word of micro).
+ * So a weight's errors cancel over the steps as well.
+ *
+ * Signs and starting values are independent: draw(a, b, column) = keyed lowbias32.
  *
  * SplitMix64: Steele, Lea, Flood 2014.  lowbias32: C. Wellons, hash-prospector; here with a second key word between its
- * two multiplications, so that two rows never walk the same sequence. */
+ * two multiplications, so that two rows never walk the same sequence.  Kronecker sequences: Niederreiter, Random Number
+ * Generation and Quasi-Monte Carlo Methods, 1992. */
 #ifndef OB_RNG_H
 #define OB_RNG_H
 
@@ -20,15 +24,16 @@
 enum ob_stream {
     OB_STREAM_INPUT_GRAD = 1, /* SR of dY per token; row m, column n */
     OB_STREAM_WEIGHT_GRAD,    /* SR of dY per output column; row n, column m */
-    OB_STREAM_VOTE,           /* SR of a vote into the residual, turned; row n, column k */
-    OB_STREAM_MOMENTUM,       /* SR of the momentum codes, turned; row n, column k */
-    OB_STREAM_MOMENTUM_STEP, /* SR of the momentum into the residual in step(), turned; row n, column k */
-    OB_STREAM_SKETCH,        /* signs t_k; row 0, column k, micro 0 */
-    OB_STREAM_INIT,          /* starting codes; row n, column k */
-    OB_STREAM_COMBINE,       /* mean of the ranks' planes, micro 0; row n, column k */
-    OB_STREAM_CAST /* SR of a step's votes into the rule's planes, turned, micro 0; row n, column k */
+    OB_STREAM_VOTE,           /* SR of a vote into the residual, step by step; row n, column k */
+    OB_STREAM_MOMENTUM,       /* SR of the momentum codes, step by step; row n, column k */
+    OB_STREAM_MOMENTUM_STEP, /* SR of the momentum into the residual in step(), step by step; row n, column k */
+    OB_STREAM_SKETCH,  /* independent signs t_k; row 0, column k, micro 0 */
+    OB_STREAM_INIT,    /* independent starting codes and residuals; row n, column k */
+    OB_STREAM_COMBINE, /* mean of the ranks' planes, micro 0; row n, column k */
+    OB_STREAM_CAST /* SR of a step's votes into the rule's planes, step by step, micro 0; row n, column k */
 };
 
+#define OB_RNG_SQRT2 0x6A09E700u /* 24 bits, as all numbers that round; odd in those */
 #define OB_RNG_GOLDEN 0x9E3779B9u
 #define OB_RNG_PLASTIC 0xC13FA9A9u
 #define OB_RNG_PLASTIC2 0x91E10DA5u
@@ -36,7 +41,7 @@ enum ob_stream {
 #define OB_RNG_MUL2 0x846CA68Bu
 
 typedef struct ob_rng_row {
-    uint32_t a, b, turn;
+    uint32_t a, b;
 } ob_rng_row;
 
 OB_INLINE uint64_t
@@ -62,7 +67,7 @@ OB_INLINE ob_rng_row
 ob_rng_at_row(uint64_t key, uint64_t row)
 {
     uint64_t x = ob_splitmix64(key + row);
-    ob_rng_row r = {(uint32_t)x, (uint32_t)(x >> 32), 0};
+    ob_rng_row r = {(uint32_t)x, (uint32_t)(x >> 32)};
     return r;
 }
 
@@ -73,15 +78,21 @@ ob_rng_turn(uint64_t step, uint64_t micro)
            (uint32_t)(micro >> 32) * OB_RNG_PLASTIC2;
 }
 
-OB_INLINE ob_rng_row
-ob_rng_turned_row(uint64_t key, uint64_t row, uint32_t turn)
+/* The number of a row's column 0, 24 bits in 2^-32 */
+OB_INLINE uint32_t
+ob_rng_first(uint64_t key, uint64_t row, uint32_t turn)
 {
-    ob_rng_row r = ob_rng_at_row(key, row);
-    r.turn = turn;
-    return r;
+    return (ob_rng_at_row(key, row).a + turn) & 0xFFFFFF00u;
 }
 
-/* 32 random bits at (row, column).  Vector kernels compute the same with column * OB_RNG_GOLDEN + a per lane. */
+/* The number of a column, the same; to be compared with a fraction of 2^-24 */
+OB_INLINE uint32_t
+ob_rng_turned(uint32_t first, uint32_t column)
+{
+    return first + column * OB_RNG_SQRT2;
+}
+
+/* 32 independent bits at (row, column) */
 OB_INLINE uint32_t
 ob_rng_draw(ob_rng_row row, uint32_t column)
 {
@@ -89,14 +100,7 @@ ob_rng_draw(ob_rng_row row, uint32_t column)
     x = (x ^ (x >> 16)) * OB_RNG_MUL1;
     x ^= row.b;
     x = (x ^ (x >> 15)) * OB_RNG_MUL2;
-    return (x ^ (x >> 16)) + row.turn;
-}
-
-/* 24-bit uniform in [0, 1) */
-OB_INLINE float
-ob_rng_uniform(ob_rng_row row, uint32_t column)
-{
-    return (float)(ob_rng_draw(row, column) >> 8) * 0x1p-24f;
+    return x ^ (x >> 16);
 }
 
 #endif

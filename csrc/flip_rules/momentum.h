@@ -30,7 +30,7 @@ momentum_load(int bits, const uint8_t *codes, uint16_t scale, vf *m)
 }
 
 OB_INLINE void
-momentum_store(int bits, uint8_t *codes, uint16_t *scale, const vf *m, ob_rng_row rng, size_t first)
+momentum_store(int bits, uint8_t *codes, uint16_t *scale, const vf *m, uint32_t random)
 {
     float top_code = bits == 8 ? 127.0f : 7.0f;
     vi top = vi_set1(0), code[STRIP_VECTORS];
@@ -48,8 +48,7 @@ momentum_store(int bits, uint8_t *codes, uint16_t *scale, const vf *m, ob_rng_ro
     *scale = (uint16_t)((unit_bits + 0xFFFFu) >> 16); /* up, so that no code passes the top */
     vf inverse = vf_set1(1.0f / float_of_bits((uint32_t)*scale << 16));
     for (size_t v = 0; v < STRIP_VECTORS; v++) {
-        vf r = uniform_lanes(rng, first, v);
-        code[v] = stochastic_round(vf_mul(m[v], inverse), r, top_code);
+        code[v] = stochastic_round(vf_mul(m[v], inverse), turned_lanes(random, v), top_code);
         if (bits == 8) {
             vi_store_i8((int8_t *)codes + v * LANES, code[v]);
         }
@@ -69,7 +68,7 @@ momentum_vote(int bits, const ob_vote_strip *s, size_t i, const vf *u)
     for (size_t v = 0; v < STRIP_VECTORS; v++) {
         m[v] = vf_add(vf_mul(keep, m[v]), vf_mul(take, u[v]));
     }
-    momentum_store(bits, codes, scale, m, s->rng[i], s->strip * OB_STRIP);
+    momentum_store(bits, codes, scale, m, random_of(s, i));
 }
 
 OB_INLINE void

@@ -14,8 +14,7 @@ vote_row_residual2(const ob_vote_strip *s, size_t i, size_t n, const vf *u)
     e[1] = vi_sra(vi_sll(bytes, 28), 30);
     e[2] = vi_sra(vi_sll(bytes, 26), 30);
     e[3] = vi_sra(vi_sll(bytes, 24), 30);
-    uint64_t moved =
-        coarse_move(3.0f, &codes, s->columns, e, u, s->step, s->rng[i], s->strip * OB_STRIP);
+    uint64_t moved = coarse_move(3.0f, &codes, s->columns, e, u, s->step, random_of(s, i));
     vi three = vi_set1(3), low = vi_or(vi_and(e[0], three), vi_sll(vi_and(e[1], three), 2));
     vi high = vi_or(vi_sll(vi_and(e[2], three), 4), vi_sll(vi_and(e[3], three), 6));
     vi_store_i8((int8_t *)residual, vi_sra(vi_sll(vi_or(low, high), 24), 24)); /* values of int8 */

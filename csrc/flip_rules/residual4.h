@@ -10,12 +10,12 @@
 /* Shared by the widths below 8: `units` per cell, e of one block as lanes; codes in, codes out. Returns codes moved. */
 OB_INLINE uint64_t
 coarse_move(float units, const code_row *codes, size_t columns, vi *e, const vf *u, float step,
-            ob_rng_row rng, size_t first)
+            uint32_t random)
 {
     vf high = vf_set1(units + (units - 1.0f) / 2.0f), low = vf_set1(-units - (units - 1.0f) / 2.0f);
     uint64_t moved = 0;
     for (size_t v = 0; v < STRIP_VECTORS && v * LANES < columns; v++) {
-        vf r = uniform_lanes(rng, first, v);
+        vi r = turned_lanes(random, v);
         vf d = vi_to_f32(stochastic_round(vf_mul(u[v], vf_set1(step)), r, 127.0f));
         vf t = vi_to_f32(vi_sub(load_codes(codes, v), vi_set1(1)));
         vf x = vf_add(vf_add(vf_mul(t, vf_set1(units)), vi_to_f32(e[v])), d);
@@ -31,11 +31,11 @@ coarse_move(float units, const code_row *codes, size_t columns, vi *e, const vf 
 
 OB_INLINE uint64_t
 residual4_move(uint8_t *residual, const code_row *codes, size_t columns, const vf *u, float step,
-               ob_rng_row rng, size_t first)
+               uint32_t random)
 {
     vi e[STRIP_VECTORS];
     load_nibbles(residual, e);
-    uint64_t moved = coarse_move(15.0f, codes, columns, e, u, step, rng, first);
+    uint64_t moved = coarse_move(15.0f, codes, columns, e, u, step, random);
     store_nibbles(residual, e);
     return moved;
 }
@@ -45,7 +45,7 @@ vote_row_residual4(const ob_vote_strip *s, size_t i, size_t n, const vf *u)
 {
     code_row codes = code_row_at(s->codes, s->k_steps, n, s->strip);
     uint8_t *residual = (uint8_t *)s->residual + (i * s->strips + s->strip) * (OB_STRIP / 2);
-    return residual4_move(residual, &codes, s->columns, u, s->step, s->rng[i], s->strip * OB_STRIP);
+    return residual4_move(residual, &codes, s->columns, u, s->step, random_of(s, i));
 }
 
 OB_INLINE uint64_t

@@ -7,19 +7,14 @@
 #ifndef OB_RULE_RESIDUAL8_H
 #define OB_RULE_RESIDUAL8_H
 
-/* e += SR(step * u) for the `columns` columns of a block that begins at column `first`. */
+/* e = clamp(e + clamp(d, +-127), +-127) for the `columns` columns of a block */
 OB_INLINE void
-residual8_add(int8_t *residual, size_t columns, const vf *u, float step, ob_rng_row rng,
-              size_t first)
+residual8_add(int8_t *residual, size_t columns, const vi *d)
 {
     int8_t tail[OB_STRIP] = {0}, *e = residual;
-    vi d[STRIP_VECTORS];
     if (columns < OB_STRIP) {
         memcpy(tail, residual, columns);
         e = tail;
-    }
-    for (size_t v = 0; v < STRIP_VECTORS; v++) {
-        d[v] = stochastic_round(vf_mul(u[v], vf_set1(step)), uniform_lanes(rng, first, v), 127.0f);
     }
     v_add64(e, d);
     if (columns < OB_STRIP) {
@@ -93,10 +88,14 @@ residual_flip(int bits, const ob_flip_row *row)
 OB_INLINE uint64_t
 vote_row_residual8(const ob_vote_strip *s, size_t i, size_t n, const vf *u)
 {
+    vi d[STRIP_VECTORS];
     (void)n;
-    size_t first = s->strip * OB_STRIP;
-    residual8_add((int8_t *)s->residual + i * s->k + first, s->columns, u, s->step, s->rng[i],
-                  first);
+    for (size_t v = 0; v < STRIP_VECTORS;
+         v++) { /* |step * u| < 2^20: what is rounded here is clamped there */
+        vf wanted = vf_mul(u[v], vf_set1(s->step));
+        d[v] = vi_floor(vf_add_uniform(wanted, turned_lanes(random_of(s, i), v)));
+    }
+    residual8_add((int8_t *)s->residual + i * s->k + s->strip * OB_STRIP, s->columns, d);
     return 0;
 }
 

@@ -12,7 +12,7 @@ vote_row_stochastic(const ob_vote_strip *s, size_t i, size_t n, const vf *u)
     for (size_t v = 0; v < STRIP_VECTORS; v++) {
         e[v] = vi_set1(0);
     }
-    return coarse_move(1.0f, &codes, s->columns, e, u, s->step, s->rng[i], s->strip * OB_STRIP);
+    return coarse_move(1.0f, &codes, s->columns, e, u, s->step, random_of(s, i));
 }
 
 OB_INLINE uint64_t

@@ -72,10 +72,9 @@ vf_rint(vf a)
 OB_INLINE vf
 vf_clip(vf a, vf limit)
 {
-    vf high = vf_min(a, limit);
-    EACH(vf, a.lane[i] != a.lane[i]          ? 0.0f
-             : high.lane[i] > -limit.lane[i] ? high.lane[i]
-                                             : -limit.lane[i]);
+    EACH(vf, a.lane[i] > limit.lane[i]    ? limit.lane[i]
+             : a.lane[i] < -limit.lane[i] ? -limit.lane[i]
+                                          : a.lane[i]);
 }
 
 OB_INLINE vf
@@ -105,6 +104,13 @@ vf_sum(vf a)
     return a.lane[0];
 }
 
+OB_INLINE void
+vf_sum_pair(vf a, vf b, float *sum_a, float *sum_b)
+{
+    *sum_a = vf_sum(a);
+    *sum_b = vf_sum(b);
+}
+
 /* clang-format off */
 OB_INLINE vi vi_load(const int32_t *p) { EACH(vi, p[i]); }
 OB_INLINE void vi_store(int32_t *p, vi v) { memcpy(p, v.lane, sizeof v.lane); }
@@ -125,7 +131,7 @@ OB_INLINE vi vi_max(vi a, vi b) { EACH(vi, a.lane[i] > b.lane[i] ? a.lane[i] : b
 OB_INLINE vf vi_to_f32(vi a) { EACH(vf, (float)a.lane[i]); }
 OB_INLINE vi vi_from_f32(vf a) { EACH(vi, (int32_t)a.lane[i]); }
 OB_INLINE vi vi_floor(vf a) { EACH(vi, (int32_t)a.lane[i] - ((float)(int32_t)a.lane[i] > a.lane[i])); }
-OB_INLINE vf vf_uniform(vi a) { EACH(vf, (float)(U(a.lane[i]) >> 8) * 0x1p-24f); }
+OB_INLINE vf vf_add_uniform(vf v, vi r) { EACH(vf, v.lane[i] + (float)(U(r.lane[i]) >> 8) * 0x1p-24f); }
 OB_INLINE vi vi_add_where(vi sum, vi a, vi x, vi mask) { EACH(vi, sum.lane[i] + (x.lane[i] & mask.lane[i] ? a.lane[i] : 0)); }
 OB_INLINE vi vi_sub_unless(vi sum, vi a, vi x, vi mask) { EACH(vi, sum.lane[i] - (x.lane[i] & mask.lane[i] ? 0 : a.lane[i])); }
 OB_INLINE vi vi_load_i8(const int8_t *p) { EACH(vi, p[i]); }
@@ -182,7 +188,9 @@ OB_INLINE void
 v_add64(int8_t *e, const vi *d)
 {
     for (size_t i = 0; i < 64; i++) {
-        int sum = e[i] + d[i / 16].lane[i % 16];
+        int vote = d[i / 16].lane[i % 16], sum = e[i] + (vote > 127    ? 127
+                                                         : vote < -127 ? -127
+                                                                       : vote);
         e[i] = (int8_t)(sum > 127 ? 127 : sum < -127 ? -127 : sum);
     }
 }

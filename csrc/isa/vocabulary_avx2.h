@@ -37,9 +37,7 @@ vf_rint(vf a)
 OB_INLINE vf
 vf_clip(vf a, vf limit)
 {
-    vf ordered = {_mm256_cmp_ps(a.lo, a.lo, _CMP_ORD_Q), _mm256_cmp_ps(a.hi, a.hi, _CMP_ORD_Q)};
-    vf low = F2(_mm256_xor_ps, limit, vf_set1(-0.0f));
-    return F2(_mm256_and_ps, ordered, vf_max(vf_min(a, limit), low));
+    return vf_max(vf_min(a, limit), F2(_mm256_xor_ps, limit, vf_set1(-0.0f)));
 }
 /* clang-format off */
 OB_INLINE vf vf_bits(vi a) { return (vf){_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
@@ -53,6 +51,18 @@ vf_sum(vf a)
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+OB_INLINE void
+vf_sum_pair(vf a, vf b, float *sum_a, float *sum_b)
+{
+    __m256 x = _mm256_add_ps(a.lo, a.hi), y = _mm256_add_ps(b.lo, b.hi);
+    __m256 four =
+        _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
+    __m256 two = _mm256_add_ps(four, _mm256_permute_ps(four, 0x4E));
+    __m256 one = _mm256_add_ps(two, _mm256_permute_ps(two, 0xB1));
+    _mm_store_ss(sum_a, _mm256_castps256_ps128(one));
+    _mm_store_ss(sum_b, _mm256_extractf128_ps(one, 1));
 }
 
 #define LOAD256(p) _mm256_loadu_si256((const void *)(p))
@@ -76,7 +86,7 @@ OB_INLINE vi vi_max(vi a, vi b) { return I2(_mm256_max_epi32, a, b); }
 OB_INLINE vf vi_to_f32(vi a) { return (vf){_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 OB_INLINE vi vi_from_f32(vf a) { return (vi){_mm256_cvttps_epi32(a.lo), _mm256_cvttps_epi32(a.hi)}; }
 OB_INLINE vi vi_floor(vf a) { return vi_from_f32(F1(_mm256_floor_ps, a)); }
-OB_INLINE vf vf_uniform(vi a) { return vf_mul(vi_to_f32(vi_srl(a, 8)), vf_set1(0x1p-24f)); }
+OB_INLINE vf vf_add_uniform(vf v, vi r) { return vf_add(v, vf_mul(vi_to_f32(vi_srl(r, 8)), vf_set1(0x1p-24f))); }
 /* clang-format on */
 OB_INLINE vi
 vi_iota(void)
@@ -147,13 +157,14 @@ vi_store_u16(uint16_t *p, vi a)
 OB_INLINE void
 v_add64(int8_t *e, const vi *d)
 {
+    const __m256i least = _mm256_set1_epi8(-127);
     for (size_t half = 0; half < 2; half++, e += 32, d += 2) {
         __m256i low = _mm256_packs_epi32(d[0].lo, d[0].hi),
                 high = _mm256_packs_epi32(d[1].lo, d[1].hi);
         __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high),
                                                     _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-        bytes = _mm256_adds_epi8(LOAD256(e), bytes);
-        _mm256_storeu_si256((void *)e, _mm256_max_epi8(bytes, _mm256_set1_epi8(-127)));
+        bytes = _mm256_adds_epi8(LOAD256(e), _mm256_max_epi8(bytes, least));
+        _mm256_storeu_si256((void *)e, _mm256_max_epi8(bytes, least));
     }
 }
 

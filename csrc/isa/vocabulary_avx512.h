@@ -54,14 +54,13 @@ vf_rint(vf a)
 OB_INLINE vf
 vf_clip(vf a, vf limit)
 {
-    /* 2: the smaller magnitude, with the sign of a */
-    return _mm512_maskz_range_ps(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a, limit, 2);
+    return _mm512_range_ps(a, limit, 2); /* the smaller magnitude, with the sign of a */
 }
 OB_INLINE vf
-vf_uniform(vi a)
+vf_add_uniform(vf v, vi r)
 {
-    return _mm512_mul_ps(_mm512_cvtepu32_ps(_mm512_and_si512(a, _mm512_set1_epi32(-256))),
-                         vf_set1(0x1p-32f));
+    /* the product is exact: one rounding, as of the other sets' two operations */
+    return _mm512_fmadd_ps(_mm512_cvtepu32_ps(r), vf_set1(0x1p-32f), v);
 }
 OB_INLINE vf
 vf_bits(vi a)
@@ -82,6 +81,18 @@ vf_sum(vf a)
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+OB_INLINE void
+vf_sum_pair(vf a, vf b, float *sum_a, float *sum_b)
+{
+    __m512 eight =
+        _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE));
+    __m512 four = _mm512_add_ps(eight, _mm512_shuffle_f32x4(eight, eight, 0xB1));
+    __m512 two = _mm512_add_ps(four, _mm512_permute_ps(four, 0x4E));
+    __m512 one = _mm512_add_ps(two, _mm512_permute_ps(two, 0xB1));
+    _mm_store_ss(sum_a, _mm512_castps512_ps128(one));
+    _mm_store_ss(sum_b, _mm512_extractf32x4_ps(one, 2));
 }
 
 /* clang-format off */
@@ -128,10 +139,12 @@ OB_INLINE void
 v_add64(int8_t *e, const vi *d)
 {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i least = _mm512_set1_epi8(-127);
     __m512i bytes =
         _mm512_packs_epi16(_mm512_packs_epi32(d[0], d[1]), _mm512_packs_epi32(d[2], d[3]));
-    bytes = _mm512_adds_epi8(_mm512_loadu_si512(e), _mm512_permutexvar_epi32(order, bytes));
-    _mm512_storeu_si512(e, _mm512_max_epi8(bytes, _mm512_set1_epi8(-127)));
+    bytes = _mm512_max_epi8(_mm512_permutexvar_epi32(order, bytes), least);
+    bytes = _mm512_adds_epi8(_mm512_loadu_si512(e), bytes);
+    _mm512_storeu_si512(e, _mm512_max_epi8(bytes, least));
 }
 
 OB_INLINE uint64_t

@@ -27,8 +27,7 @@ OB_INLINE int32x4_t sra4(int32x4_t x, int n) { return x >> n; }
 OB_INLINE int32x4_t sll4(int32x4_t x, int n) { return as_signed(as_unsigned(x) << (uint32_t)n); }
 OB_INLINE int32x4_t srlv4(int32x4_t x, int32x4_t n) { return as_signed(vshlq_u32(as_unsigned(x), vnegq_s32(n))); }
 OB_INLINE int32x4_t andnot4(int32x4_t mask, int32x4_t x) { return vbicq_s32(x, mask); }
-OB_INLINE float32x4_t zero_nan4(float32x4_t x) { return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(x), vceqq_f32(x, x))); }
-OB_INLINE float32x4_t clip4(float32x4_t x, float32x4_t limit) { return vmaxnmq_f32(vminnmq_f32(zero_nan4(x), limit), vnegq_f32(limit)); }
+OB_INLINE float32x4_t clip4(float32x4_t x, float32x4_t limit) { return vmaxnmq_f32(vminnmq_f32(x, limit), vnegq_f32(limit)); }
 OB_INLINE int32x4_t set4(int32x4_t x, int32x4_t mask) { return as_signed(vtstq_s32(x, mask)); }
 
 OB_INLINE vf vf_load(const float *p) { return (vf){vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}; }
@@ -62,7 +61,7 @@ OB_INLINE vi vi_max(vi x, vi y) { return V2(vi, vmaxq_s32, x, y); }
 OB_INLINE vf vi_to_f32(vi x) { return V1(vf, vcvtq_f32_s32, x); }
 OB_INLINE vi vi_from_f32(vf x) { return V1(vi, vcvtq_s32_f32, x); }
 OB_INLINE vi vi_floor(vf x) { return V1(vi, vcvtmq_s32_f32, x); }
-OB_INLINE vf vf_uniform(vi x) { return vf_mul(vi_to_f32(vi_srl(x, 8)), vf_set1(0x1p-24f)); }
+OB_INLINE vf vf_add_uniform(vf v, vi r) { return vf_add(v, vf_mul(vi_to_f32(vi_srl(r, 8)), vf_set1(0x1p-24f))); }
 OB_INLINE vi vi_add_where(vi sum, vi a, vi x, vi mask) { return vi_add(sum, vi_and(V2(vi, set4, x, mask), a)); }
 OB_INLINE vi vi_sub_unless(vi sum, vi a, vi x, vi mask) { return vi_sub(sum, vi_andnot(V2(vi, set4, x, mask), a)); }
 OB_INLINE int32_t vi_hmax(vi x) { return vmaxvq_s32(vmaxq_s32(vmaxq_s32(x.a, x.b), vmaxq_s32(x.c, x.d))); }
@@ -75,6 +74,13 @@ vf_sum(vf x)
     float32x4_t four = vaddq_f32(vaddq_f32(x.a, x.c), vaddq_f32(x.b, x.d));
     float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
     return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+}
+
+OB_INLINE void
+vf_sum_pair(vf x, vf y, float *sum_x, float *sum_y)
+{
+    *sum_x = vf_sum(x);
+    *sum_y = vf_sum(y);
 }
 
 OB_INLINE int64_t
@@ -122,11 +128,12 @@ vi_store_u16(uint16_t *p, vi x)
 OB_INLINE void
 v_add64(int8_t *e, const vi *d)
 {
+    const int8x16_t least = vdupq_n_s8(-127);
     for (size_t i = 0; i < 4; i++, e += 16, d++) {
-        int16x8_t low = vcombine_s16(vmovn_s32(d->a), vmovn_s32(d->b));
-        int16x8_t high = vcombine_s16(vmovn_s32(d->c), vmovn_s32(d->d));
-        int8x16_t sum = vqaddq_s8(vld1q_s8(e), vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
-        vst1q_s8(e, vmaxq_s8(sum, vdupq_n_s8(-127)));
+        int16x8_t low = vcombine_s16(vqmovn_s32(d->a), vqmovn_s32(d->b));
+        int16x8_t high = vcombine_s16(vqmovn_s32(d->c), vqmovn_s32(d->d));
+        int8x16_t bytes = vmaxq_s8(vcombine_s8(vqmovn_s16(low), vqmovn_s16(high)), least);
+        vst1q_s8(e, vmaxq_s8(vqaddq_s8(vld1q_s8(e), bytes), least));
     }
 }
 

@@ -23,18 +23,18 @@ typedef int32_t ob_acc[OB_STRIP]; /* one row of a tile */
 typedef struct ob_vote_strip {
     /* in */
     size_t columns; /* 1..64 columns that exist; acc is zero beyond */
+    size_t tokens;  /* behind acc: |acc| <= 127^2 tokens */
     size_t strip;   /* index of this strip: k0 / 64 */
     uint8_t *codes; /* whole tile16 plane; written only by rules that move codes at vote time */
     size_t k_steps; /* ceil(K/16) */
     size_t row_first, row_stride;
-    const float *h_scale;  /* (rows,) scale of hq per output */
-    const float *s;        /* (rows,) weight scale / loss scale */
-    const float *a;        /* (rows,) vote coefficient of the row */
-    const float *c;        /* (64,) vote coefficient of the column */
-    const uint32_t *sign;  /* (64,) sketch sign bits */
-    const ob_rng_row *rng; /* (rows,) random rows of the rule's stream */
-    float step;            /* -units * eta * guard */
-    float clip;
+    const float *g_scale;   /* (rows,) scale of hq per output * (weight scale / loss scale) */
+    const float *a;         /* (rows,) vote coefficient of the row, finite as float(acc) * a is */
+    const float *c;         /* (64,) vote coefficient of the column, finite */
+    const uint32_t *sign;   /* (64,) sketch sign bits */
+    const uint32_t *random; /* (rows,) the number of column 0 of a row, of the rule's stream */
+    float step;             /* -units * eta * guard */
+    float clip;             /* of u; without momentum |step * clip| < 2^20, a dead zone aside */
     /* momentum: m = beta1 * m + one_minus_beta1 * u; beta1 = 1 after the first micro-batch */
     float beta1, one_minus_beta1;
     int votes;                /* 0: measure only */
@@ -67,7 +67,7 @@ typedef struct ob_flip_row {
     void *residual;           /* this row's */
     uint8_t *momentum;        /* (strips, ...) or NULL */
     uint16_t *momentum_scale; /* (strips,) or NULL */
-    ob_rng_row rng;           /* stream MOMENTUM_STEP */
+    uint32_t random;          /* the number of column 0, stream MOMENTUM_STEP */
     float step;               /* -units * eta * guard */
     uint8_t *packed;          /* tile16 plane */
     size_t k_steps, n;        /* n: this row's output */
@@ -83,15 +83,15 @@ typedef struct ob_kernels {
                          int32_t *sum);
     /* g = dy (N,) * s_n (s_len 1 or N), SR; q (ob_padded_k(N),).  Returns 1 if the row is non-finite (q = 0, scale NaN). */
     int (*quantize_row_sr)(ob_dtype dt, size_t n, const void *dy, const float *s, size_t s_len,
-                           ob_rng_row rng, int8_t *q, float *scale, int32_t *sum);
+                           uint32_t random, int8_t *q, float *scale, int32_t *sum);
     /* Columns 0..columns-1 of dy (M, ld): absmax[64] = max over m of the bits of |dy * sx_m|; sum[64] = sequential sum
      * of dy (float).  Entries beyond `columns` are 0. */
     void (*column_absmax)(ob_dtype dt, size_t m, size_t columns, const void *dy, size_t ld,
                           const float *sx, uint32_t *absmax, float *sum);
     /* q (columns, ldq) int8 with q[j][m] = SR(dy[m][j] * sx_m * inverse[j]), zero for m..ldq; sums[j] = sum of q[j].
-     * rng: one row per column; inverse[j] = 0 gives zeros. */
+     * random: the number of token 0 of each column; inverse[j] = 0 gives zeros. */
     void (*quantize_columns_sr)(ob_dtype dt, size_t m, size_t columns, const void *dy, size_t ld,
-                                const float *sx, const float *inverse, const ob_rng_row *rng,
+                                const float *sx, const float *inverse, const uint32_t *random,
                                 int8_t *q, size_t ldq, int32_t *sums);
 
     /* w (rows, K), rows <= 8: sums[r] = sequential double sum of |w_r|. */

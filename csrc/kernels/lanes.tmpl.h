@@ -83,36 +83,25 @@ store_lanes(ob_dtype dt, void *row, size_t i, size_t n, vf v)
     memcpy(p, tail, (n - i) * sizeof *p);
 }
 
-/* base/rng.h on 16 lanes.  The shift after the second key word distributes over it, so that the two are one constant. */
-OB_INLINE int32_t
-hash_key(ob_rng_row rng)
-{
-    return (int32_t)(rng.b ^ rng.b >> 15);
-}
-
-/* position = column * OB_RNG_GOLDEN + a */
+/* ob_rng_turned of columns 16v .. 16v + 15; a constant v costs nothing. */
 OB_INLINE vi
-draw_at(vi position, vi key)
-{
-    vi x = vi_mul(vi_xor(position, vi_srl(position, 16)), vi_set1((int32_t)OB_RNG_MUL1));
-    x = vi_mul(vi_xor(vi_xor(x, vi_srl(x, 15)), key), vi_set1((int32_t)OB_RNG_MUL2));
-    return vi_xor(x, vi_srl(x, 16));
-}
-
-/* Uniforms of columns first + 16v .. of one row; a constant v costs nothing. */
-OB_INLINE vf
-uniform_lanes(ob_rng_row rng, size_t first, size_t v)
+turned_lanes(uint32_t first, size_t v)
 {
     vi column = vi_add(vi_iota(), vi_set1((int32_t)(LANES * v)));
-    vi position = vi_add(vi_mul(column, vi_set1((int32_t)OB_RNG_GOLDEN)),
-                         vi_set1((int32_t)((uint32_t)first * OB_RNG_GOLDEN + rng.a)));
-    return vf_uniform(
-        vi_add(draw_at(position, vi_set1(hash_key(rng))), vi_set1((int32_t)rng.turn)));
+    return vi_add(vi_mul(column, vi_set1((int32_t)OB_RNG_SQRT2)), vi_set1((int32_t)first));
 }
 
-/* SR(v) = clamp(floor(v + r), +-limit); a whole limit may come first */
-OB_INLINE vi
-stochastic_round(vf v, vf r, float limit)
+/* The number of row i's first column in this strip */
+OB_INLINE uint32_t
+random_of(const ob_vote_strip *s, size_t i)
 {
-    return vi_floor(vf_max(vf_min(vf_add(v, r), vf_set1(limit)), vf_set1(-limit)));
+    return ob_rng_turned(s->random[i], (uint32_t)(s->strip * OB_STRIP));
+}
+
+/* SR(v) = clamp(floor(v + r * 2^-32), +-limit); a whole limit may come first */
+OB_INLINE vi
+stochastic_round(vf v, vi r, float limit)
+{
+    vf sum = vf_add_uniform(v, r);
+    return vi_floor(vf_max(vf_min(sum, vf_set1(limit)), vf_set1(-limit)));
 }

@@ -42,7 +42,7 @@ quantize_row_body(ob_dtype dt, size_t k, const void *x, int8_t *q, float *scale,
 /* g = dy (N,) * s -> q (padded N,) = SR(g * (127/absmax)); *scale = absmax/127 */
 OB_INLINE int
 quantize_row_sr_body(ob_dtype dt, size_t n, const void *dy, const float *s, size_t s_len,
-                     ob_rng_row rng, int8_t *q, float *scale, int32_t *sum)
+                     uint32_t random, int8_t *q, float *scale, int32_t *sum)
 {
     uint32_t bits = row_absmax(dt, n, dy, s, s_len);
     float absmax = float_of_bits(bits);
@@ -53,11 +53,12 @@ quantize_row_sr_body(ob_dtype dt, size_t n, const void *dy, const float *s, size
         return bits >= 0x7F800000u;
     }
     vf inverse = vf_set1(127.0f / absmax), tensor_scale = vf_set1(*s);
-    vi total = vi_set1(0);
+    vi total = vi_set1(0), r = turned_lanes(random, 0);
     for (size_t i = 0; i < n; i += LANES) {
         vf g = vf_mul(load_lanes(dt, dy, i, n),
                       s_len == 1 ? tensor_scale : load_lanes(OB_F32, s, i, n));
-        vi code = stochastic_round(vf_mul(g, inverse), uniform_lanes(rng, i, 0), 127.0f);
+        vi code = stochastic_round(vf_mul(g, inverse), r, 127.0f);
+        r = vi_add(r, vi_set1((int32_t)(LANES * OB_RNG_SQRT2)));
         total = vi_add(total, code);
         vi_store_i8(q + i, code);
     }
@@ -96,16 +97,15 @@ column_absmax_body(ob_dtype dt, size_t m, size_t columns, const char *dy, size_t
 
 /* 16 tokens x 64 columns at a time into a small tile, then its transpose into the rows of q */
 OB_INLINE void
-quantize_columns_sr_body(ob_dtype dt, size_t m, size_t columns, const char *dy, size_t row_bytes,
-                         const float *sx, const float *inverse, const ob_rng_row *rng, int8_t *q,
+quantize_columns_sr_body(ob_dtype dt, size_t m, size_t columns, const void *dy, size_t ld,
+                         const float *sx, const float *inverse, const uint32_t *random, int8_t *q,
                          size_t ldq, int32_t *sums)
 {
-    int32_t a[OB_STRIP] = {0}, key[OB_STRIP] = {0};
+    int32_t first[OB_STRIP] = {0};
     float inv[OB_STRIP] = {0};
     vi total[STRIP_VECTORS];
-    for (size_t j = 0; j < columns; j++) {
-        a[j] = (int32_t)rng[j].a, key[j] = hash_key(rng[j]), inv[j] = inverse[j];
-    }
+    memcpy(first, random, columns * sizeof *random);
+    memcpy(inv, inverse, columns * sizeof *inverse);
     for (size_t v = 0; v < STRIP_VECTORS; v++) {
         total[v] = vi_set1(0);
     }
@@ -113,12 +113,12 @@ quantize_columns_sr_body(ob_dtype dt, size_t m, size_t columns, const char *dy, 
         int8_t tile[LANES][OB_STRIP] = {{0}}, turned[LANES][LANES];
         size_t tokens = t0 < m ? OB_MIN(m - t0, (size_t)LANES) : 0;
         for (size_t t = 0; t < tokens; t++) {
+            const char *row = (const char *)dy + (t0 + t) * ld * (dt == OB_F32 ? 4 : 2);
             vf scale = vf_set1(sx[t0 + t]);
-            vi column = vi_set1((int32_t)((uint32_t)(t0 + t) * OB_RNG_GOLDEN));
+            vi token = vi_set1((int32_t)ob_rng_turned(0, (uint32_t)(t0 + t)));
             for (size_t v = 0; v < STRIP_VECTORS && v * LANES < columns; v++) {
-                vf h = vf_mul(load_lanes(dt, dy + (t0 + t) * row_bytes, v * LANES, columns), scale);
-                vi position = vi_add(column, vi_load(a + v * LANES));
-                vf r = vf_uniform(draw_at(position, vi_load(key + v * LANES)));
+                vf h = vf_mul(load_lanes(dt, row, v * LANES, columns), scale);
+                vi r = vi_add(token, vi_load(first + v * LANES));
                 vi code = stochastic_round(vf_mul(h, vf_load(inv + v * LANES)), r, 127.0f);
                 total[v] = vi_add(total[v], code);
                 vi_store_i8(tile[t] + v * LANES, code);
@@ -159,11 +159,11 @@ quantize_row(ob_dtype dt, size_t k, const void *x, int8_t *q, float *scale, int3
 }
 
 static int
-quantize_row_sr(ob_dtype dt, size_t n, const void *dy, const float *s, size_t s_len, ob_rng_row rng,
-                int8_t *q, float *scale, int32_t *sum)
+quantize_row_sr(ob_dtype dt, size_t n, const void *dy, const float *s, size_t s_len,
+                uint32_t random, int8_t *q, float *scale, int32_t *sum)
 {
-    return dt == OB_F32 ? quantize_row_sr_body(OB_F32, n, dy, s, s_len, rng, q, scale, sum)
-                        : quantize_row_sr_body(OB_BF16, n, dy, s, s_len, rng, q, scale, sum);
+    return dt == OB_F32 ? quantize_row_sr_body(OB_F32, n, dy, s, s_len, random, q, scale, sum)
+                        : quantize_row_sr_body(OB_BF16, n, dy, s, s_len, random, q, scale, sum);
 }
 
 static void
@@ -180,15 +180,16 @@ column_absmax(ob_dtype dt, size_t m, size_t columns, const void *dy, size_t ld, 
 
 static void
 quantize_columns_sr(ob_dtype dt, size_t m, size_t columns, const void *dy, size_t ld,
-                    const float *sx, const float *inverse, const ob_rng_row *rng, int8_t *q,
+                    const float *sx, const float *inverse, const uint32_t *random, int8_t *q,
                     size_t ldq, int32_t *sums)
 {
-    if (dt == OB_F32) {
-        quantize_columns_sr_body(OB_F32, m, columns, dy, ld * sizeof(float), sx, inverse, rng, q,
-                                 ldq, sums);
+    if (columns < OB_STRIP) {
+        quantize_columns_sr_body(dt, m, columns, dy, ld, sx, inverse, random, q, ldq, sums);
+    }
+    else if (dt == OB_F32) {
+        quantize_columns_sr_body(OB_F32, m, OB_STRIP, dy, ld, sx, inverse, random, q, ldq, sums);
     }
     else {
-        quantize_columns_sr_body(OB_BF16, m, columns, dy, ld * sizeof(uint16_t), sx, inverse, rng,
-                                 q, ldq, sums);
+        quantize_columns_sr_body(OB_BF16, m, OB_STRIP, dy, ld, sx, inverse, random, q, ldq, sums);
     }
 }

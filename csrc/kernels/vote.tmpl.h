@@ -1,12 +1,16 @@
 /* vote.tmpl.h - a tile of dW = hq^T . xq, still in cache, becomes votes and by-products; dW is never stored.
  *
- *   g = (float(acc) * h_scale_n) * s_n        sums of g^2 by row and column, sketch sum of t_k g
- *   u = clamp((float(acc) * a_n) * c_k, +-clip), NaN to 0      handed to the rule's vote_row, 64 columns of one row
+ *   g = float(acc) * g_scale_n                sums of g^2 by row and column, sketch sum of t_k g
+ *   u = clamp((float(acc) * a_n) * c_k, +-clip)      handed to the rule's vote_row, 64 columns of one row
  *   row_code += sum_k T_nk acc_nk             the scale's gradient, exact int64
  *
  * A rule <name> defines (i: a row's index among those that own planes, n: among all outputs)
  *   vote_row_<name>(strip, i, n, u)    what a vote of 64 columns does in the backward; returns codes moved
  *   step_row_<name>(row)               what step() does with a row; returns codes moved */
+
+enum {
+    NARROW_TOKENS = 2048
+}; /* 64 columns of so many tokens, 64 * 2048 * 127^2, add up to less than 2^31 */
 
 OB_INLINE int64_t
 code_dot(const ob_vote_strip *s, size_t n, const int32_t *acc)
@@ -15,6 +19,9 @@ code_dot(const ob_vote_strip *s, size_t n, const int32_t *acc)
     vi pair[2] = {vi_set1(0), vi_set1(0)}; /* two products of at most 65536 * 127^2 fit int32 */
     for (size_t v = 0; v < STRIP_VECTORS && v * LANES < s->columns; v++) {
         pair[v / 2] = add_coded(pair[v / 2], &codes, v, vi_load(acc + v * LANES));
+    }
+    if (s->tokens <= NARROW_TOKENS) {
+        return vi_sum(vi_add(pair[0], pair[1]));
     }
     return vi_sum64(pair[0], pair[1]);
 }
@@ -42,19 +49,17 @@ vote_tile_body(const ob_vote_strip *s, size_t i0, size_t rows, const ob_acc *acc
     }
     for (size_t r = 0; r < rows; r++) {
         size_t i = i0 + r, n = s->row_first + s->row_stride * i;
-        vf h = vf_set1(s->h_scale[i]), sn = vf_set1(s->s[i]), a = vf_set1(s->a[i]);
+        vf scale = vf_set1(s->g_scale[i]), a = vf_set1(s->a[i]);
         vf row_square = vf_set1(0.0f), row_sketch = vf_set1(0.0f), u[STRIP_VECTORS];
         for (size_t v = 0; v < STRIP_VECTORS; v++) {
             vf f = vi_to_f32(vi_load(acc[r] + v * LANES));
-            vf g = vf_mul(vf_mul(f, h), sn), g2 = vf_mul(g, g),
-               z = vf_bits(vi_xor(vf_to_bits(g), sign[v]));
+            vf g = vf_mul(f, scale), g2 = vf_mul(g, g), z = vf_bits(vi_xor(vf_to_bits(g), sign[v]));
             square[v] = vf_add(square[v], g2);
             row_square = v ? vf_add(row_square, g2) : g2;
             row_sketch = v ? vf_add(row_sketch, z) : z;
             u[v] = vf_clip(vf_mul(vf_mul(f, a), c[v]), clip);
         }
-        s->row_square[i] = vf_sum(row_square);
-        s->row_sketch[i] = vf_sum(row_sketch);
+        vf_sum_pair(row_square, row_sketch, s->row_square + i, s->row_sketch + i);
         s->row_code[i] += code_dot(s, n, acc[r]);
         if (s->votes) {
             beyond_dead_zone(u, dead_zone);
@@ -66,11 +71,25 @@ vote_tile_body(const ob_vote_strip *s, size_t i0, size_t rows, const ob_acc *acc
     }
 }
 
+/* All but a layer's last strip are whole: their loop has no edges, and parameters of its own, which no store can change. */
+OB_INLINE void
+vote_tile_of(const ob_vote_strip *s, size_t i0, size_t rows, const ob_acc *acc, float dead_zone,
+             uint64_t (*vote_row)(const ob_vote_strip *, size_t, size_t, const vf *))
+{
+    if (s->columns < OB_STRIP) {
+        vote_tile_body(s, i0, rows, acc, dead_zone, vote_row);
+        return;
+    }
+    ob_vote_strip whole = *s;
+    whole.columns = OB_STRIP;
+    vote_tile_body(&whole, i0, rows, acc, dead_zone, vote_row);
+}
+
 #define OB_RULE(name, residual_bits, momentum_bits, units, dead_zone)            \
     static void vote_tile_##name(const ob_vote_strip *s, size_t i0, size_t rows, \
                                  const ob_acc *acc)                              \
     {                                                                            \
-        vote_tile_body(s, i0, rows, acc, dead_zone, vote_row_##name);            \
+        vote_tile_of(s, i0, rows, acc, dead_zone, vote_row_##name);              \
     }
 #include "../flip_rules/rules.def"
 #undef OB_RULE

@@ -39,15 +39,15 @@ cast_votes(const flip_call *f, const ob_flip_row *row, size_t i, size_t task)
 {
     const ob_planes *p = f->planes;
     size_t strips = OB_CEIL_DIV(f->k, (size_t)OB_STRIP);
-    ob_rng_row rng = ob_rng_turned_row(f->cast_key, row->n, f->turn);
+    uint32_t random = ob_rng_first(f->cast_key, row->n, f->turn);
     ob_cast_row cast = {
         .vote =
             {
                 .codes = f->packed,
                 .k_steps = row->k_steps,
-                .rng = &rng,
+                .random = &random,
                 .step = f->step,
-                .clip = (float)p->control[OB_CTL_CLIP],
+                .clip = ob_control_clip(p->rule, p->control),
                 .beta1 = (float)p->control[OB_CTL_BETA1],
                 .one_minus_beta1 = (float)(1.0 - p->control[OB_CTL_BETA1]),
                 .residual = row->residual,
@@ -81,7 +81,7 @@ flip_rows(void *arg, size_t task, size_t thread)
     for (size_t i = task * OB_STRIP; i < end; i++) {
         size_t n = f->first + f->stride * i;
         ob_flip_row row = {.k = f->k,
-                           .rng = ob_rng_turned_row(f->key, n, f->turn),
+                           .random = ob_rng_first(f->key, n, f->turn),
                            .step = f->step,
                            .packed = f->packed,
                            .k_steps = ob_padded_k(f->k) / 16,

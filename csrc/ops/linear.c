@@ -88,7 +88,7 @@ quantize_gradient_rows(void *arg, size_t task, size_t thread)
     for (size_t t = task * QUANTIZE_ROWS; t < end; t++) {
         bad += (size_t)p->kernels->quantize_row_sr(
             p->dt, p->inner, row_of(p->in, p->dt, t * p->inner), p->w->scale, p->w->scale_len,
-            ob_rng_at_row(p->key, t), p->q + t * p->padded, p->scale + t, p->sum + t);
+            ob_rng_first(p->key, t, 0), p->q + t * p->padded, p->scale + t, p->sum + t);
     }
     if (bad) {
         __atomic_fetch_add(&p->nonfinite, bad, __ATOMIC_RELAXED);

@@ -56,6 +56,15 @@ ob_control_step(ob_rule rule, const double *control)
     return (-(float)ob_rule_units(rule) * eta) * (float)control[OB_CTL_GUARD];
 }
 
+/* What u is clipped at: CLIP, but no more than what saturates a residual anyway, so that |step * u| stays below 2^20 */
+OB_INLINE float
+ob_control_clip(ob_rule rule, const double *control)
+{
+    float clip = (float)control[OB_CTL_CLIP], step = ob_control_step(rule, control);
+    float enough = 0x1p19f / -step + ob_rule_dead_zone(rule);
+    return ob_rule_momentum_bits(rule) || clip < enough ? clip : enough;
+}
+
 /* Row i of the planes is output ob_first_row + ob_row_stride * i. */
 OB_INLINE size_t
 ob_row_stride(const ob_planes *planes)

@@ -26,7 +26,7 @@ average_task(void *arg, size_t task, size_t thread)
     const mean_call *c = arg;
     size_t end = OB_MIN(c->share, (task + 1) * TASK_COLUMNS), row = SIZE_MAX;
     int32_t ranks = (int32_t)c->ranks;
-    ob_rng_row rng = {0};
+    uint32_t random = 0;
     (void)thread;
     for (size_t i = task * TASK_COLUMNS; i < end; i++) {
         int32_t sum = 0;
@@ -35,9 +35,9 @@ average_task(void *arg, size_t task, size_t thread)
         }
         if ((c->first + i) / c->columns != row) {
             row = (c->first + i) / c->columns;
-            rng = ob_rng_at_row(c->key, c->row_first + c->row_stride * row);
+            random = ob_rng_first(c->key, c->row_first + c->row_stride * row, 0);
         }
-        uint64_t draw = ob_rng_draw(rng, (uint32_t)((c->first + i) % c->columns));
+        uint64_t draw = ob_rng_turned(random, (uint32_t)((c->first + i) % c->columns));
         sum += (int32_t)(draw * c->ranks >> 32);
         int32_t mean = sum / ranks - (sum % ranks < 0); /* floor */
         if (c->bytes == 1) {

@@ -71,17 +71,17 @@ vote_strip(void *arg, size_t task, size_t thread)
     ob_rule rule = v->planes ? v->planes->rule : (ob_rule)0;
     ob_vote_strip strip = {
         .columns = OB_MIN(w->k - index * OB_STRIP, (size_t)OB_STRIP),
+        .tokens = v->m,
         .strip = index,
         .codes = v->planes && v->planes->codes ? v->planes->codes : (uint8_t *)(uintptr_t)w->packed,
         .k_steps = ob_padded_k(w->k) / 16,
         .row_first = v->first,
         .row_stride = v->stride,
-        .h_scale = v->h_scale,
-        .s = v->s,
+        .g_scale = v->g_scale,
         .a = v->a,
         .c = v->c + index * OB_STRIP,
         .sign = v->sign + index * OB_STRIP,
-        .rng = v->rng,
+        .random = v->random,
         .k = w->k,
         .strips = v->strips,
         .row_square = v->row_square + index * v->rows,
@@ -93,7 +93,7 @@ vote_strip(void *arg, size_t task, size_t thread)
         strip.votes = control[OB_CTL_STEP] > 0;
         strip.step = ob_control_step(rule, control);
         strip.held = v->planes->votes;
-        strip.clip = strip.held ? (float)OB_VOTE_LIMIT : (float)control[OB_CTL_CLIP];
+        strip.clip = strip.held ? (float)OB_VOTE_LIMIT : ob_control_clip(rule, control);
         strip.beta1 = v->micro == 0 ? (float)control[OB_CTL_BETA1] : 1.0f;
         strip.one_minus_beta1 = (float)(1.0 - control[OB_CTL_BETA1]);
         strip.residual = v->planes->residual;
@@ -108,7 +108,7 @@ vote_strip(void *arg, size_t task, size_t thread)
     __atomic_fetch_add(&v->moved, moved, __ATOMIC_RELAXED);
 }
 
-/* Coefficients of rows and columns, random rows, sketch signs. */
+/* Coefficients of rows and columns, random numbers, sketch signs. */
 static void
 prepare_votes(vote_call *v)
 {
@@ -134,9 +134,10 @@ prepare_votes(vote_call *v)
     for (size_t i = 0; i < v->rows; i++) {
         size_t n = v->first + v->stride * i;
         float ratio = votes ? v->planes->row_factor[i] / mean : 0.0f;
-        v->s[i] = w->scale[w->scale_len == 1 ? 0 : n] * inverse_loss_scale;
-        v->a[i] = ratio > 0.0f ? (v->h_scale[i] * v->s[i]) / sqrtf(ratio) : 0.0f;
-        v->rng[i] = ob_rng_turned_row(key, n, turn);
+        v->g_scale[i] = v->h_scale[i] * (w->scale[w->scale_len == 1 ? 0 : n] * inverse_loss_scale);
+        float a = ratio > 0.0f ? v->g_scale[i] / sqrtf(ratio) : 0.0f;
+        v->a[i] = fabsf(a) < 0x1p90f ? a : 0.0f; /* its products with acc are finite */
+        v->random[i] = ob_rng_first(key, n, turn);
     }
     for (size_t k = 0; k < v->strips * OB_STRIP; k++) {
         float factor = votes && k < w->k ? v->planes->col_factor[k] : 0.0f;
@@ -246,11 +247,11 @@ take_scratch(vote_call *v, size_t m)
         {&v->row_sketch, rows},
         {&v->row_code, codes},
         {&v->h_scale, n * sizeof(float)},
-        {&v->s, n * sizeof(float)},
+        {&v->g_scale, n * sizeof(float)},
         {&v->a, n * sizeof(float)},
         {&v->bias_sum, v->w->n * sizeof(float)},
         {&v->h_sum, n * sizeof(int32_t)},
-        {&v->rng, n * sizeof(ob_rng_row)},
+        {&v->random, n * sizeof(uint32_t)},
         {&v->c, padded_k * sizeof(float)},
         {&v->sign, padded_k * sizeof(uint32_t)},
         {&v->col_square, v->blocks * padded_k * sizeof(float)},

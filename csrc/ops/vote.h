@@ -22,12 +22,12 @@ typedef struct vote_call {
     uint64_t key;
     int nonfinite;
     /* scratch */
-    float *h_scale, *s, *a;         /* (rows,) */
+    float *h_scale, *g_scale, *a;   /* (rows,) */
     float *c;                       /* (strips, 64) */
     float *bias_sum;                /* (N,) */
     int32_t *h_sum;                 /* (rows,) */
     uint32_t *sign;                 /* (strips, 64) */
-    ob_rng_row *rng;                /* (rows,) */
+    uint32_t *random;               /* (rows,) numbers of column 0 */
     int8_t *hq;                     /* (rows, m_padded) */
     uint8_t *panels;                /* (threads, 64 * m_padded) */
     char *gathered;                 /* (threads, M, 64) of dY: rows that are not contiguous */

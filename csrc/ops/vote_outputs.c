@@ -34,7 +34,7 @@ quantize_outputs(void *arg, size_t task, size_t thread)
     const char *dy = gather_columns(v, i0, columns, thread, &ld);
     uint32_t absmax[OB_STRIP];
     float sum[OB_STRIP], inverse[OB_STRIP];
-    ob_rng_row rng[OB_STRIP];
+    uint32_t random[OB_STRIP];
     int bad = 0;
     v->kernels->column_absmax(v->dt, v->m, columns, dy, ld, v->sx, absmax, sum);
     for (size_t j = 0; j < columns; j++) {
@@ -47,13 +47,13 @@ quantize_outputs(void *arg, size_t task, size_t thread)
         if (v->stride == 1) {
             v->bias_sum[n] = sum[j];
         }
-        rng[j] = ob_rng_at_row(v->key, n);
+        random[j] = ob_rng_first(v->key, n, 0);
     }
     if (bad) {
         __atomic_store_n(&v->nonfinite, 1, __ATOMIC_RELAXED);
     }
     else {
-        v->kernels->quantize_columns_sr(v->dt, v->m, columns, dy, ld, v->sx, inverse, rng,
+        v->kernels->quantize_columns_sr(v->dt, v->m, columns, dy, ld, v->sx, inverse, random,
                                         v->hq + i0 * v->m_padded, v->m_padded, v->h_sum + i0);
     }
 }

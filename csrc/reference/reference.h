@@ -129,11 +129,13 @@ ob_ref_clamp(int v, int limit)
     return v > limit ? limit : v < -limit ? -limit : v;
 }
 
-/* SR(v) = clamp(floor(v + r), +-limit); clamped as a float, before it becomes an int */
+/* SR(v) = clamp(floor(v + r), +-limit), r = first + column * (sqrt 2 - 1) mod 1 in 24 bits; clamped before it becomes an
+ * int */
 OB_INLINE int
-ob_ref_round(float v, ob_rng_row row, size_t column, float limit)
+ob_ref_round(float v, uint32_t first, size_t column, float limit)
 {
-    float q = floorf(v + ob_rng_uniform(row, (uint32_t)column));
+    uint64_t random = (first + column * (uint64_t)6949351) % 16777216;
+    float q = floorf(v + (float)random / 16777216.0f);
     return (int)fmaxf(-limit, fminf(limit, q));
 }
 
@@ -146,16 +148,22 @@ ob_ref_key(const double *control, uint64_t micro, enum ob_stream stream)
                       stream);
 }
 
-/* Row i's random numbers of a rounding that writes a plane: one for each weight, turned by step and micro-batch. */
-OB_INLINE ob_rng_row
-ob_ref_turned_row(const double *control, uint64_t micro, enum ob_stream stream, size_t output)
+/* The random number at column 0 of one row of a stream, 24 bits. */
+OB_INLINE uint32_t
+ob_ref_first(uint64_t key, uint64_t row)
+{
+    return ob_rng_at_row(key, row).a >> 8;
+}
+
+/* The same of a rounding that writes a plane: one for each weight, turned by step and micro-batch. */
+OB_INLINE uint32_t
+ob_ref_turned_first(const double *control, uint64_t micro, enum ob_stream stream, size_t output)
 {
     uint64_t key =
         ob_rng_key((uint64_t)control[OB_CTL_SEED], (uint64_t)control[OB_CTL_LAYER], 0, 0, stream);
-    ob_rng_row row = ob_rng_at_row(key, output);
-    row.turn = (uint32_t)((uint64_t)control[OB_CTL_STEP] * 2654435769u +
-                          (micro & 0xFFFFFFFFu) * 3242174889u + (micro >> 32) * 2447445413u);
-    return row;
+    uint64_t turn = (uint64_t)control[OB_CTL_STEP] * 2654435769u +
+                    (micro & 0xFFFFFFFFu) * 3242174889u + (micro >> 32) * 2447445413u;
+    return (ob_rng_at_row(key, output).a + (uint32_t)turn) >> 8;
 }
 
 /* Block-cyclic training: the output of row i of the planes, and how many rows there are; NULL: all rows */
@@ -190,11 +198,11 @@ ob_ref_check(const ob_weights *w)
     return w->scale_len == 1 || w->scale_len == w->n ? OB_OK : OB_INVALID;
 }
 
-/* reference_rules.c.  The residual of input k in row i of the planes; a vote of size u on it, by stochastic rounding at
- * column k of `random`; what a step does to it then.  The latter two return 1 if T[n][k] changed. */
+/* reference_rules.c.  The residual of input k in row i of the planes; a vote of size u on it, by stochastic rounding with
+ * `random` at column 0; what a step does to it then.  The latter two return 1 if T[n][k] changed. */
 int ob_ref_residual(const ob_planes *planes, size_t inputs, size_t i, size_t k);
 int ob_ref_apply(ob_planes *planes, uint8_t *packed, size_t inputs, size_t i, size_t k, float u,
-                 ob_rng_row random);
+                 uint32_t random);
 int ob_ref_step(ob_planes *planes, uint8_t *packed, size_t inputs, size_t i, size_t k);
 /* Votes u (K,) into the momentum of row i; a step's first micro-batch lets it decay. */
 void ob_ref_vote_momentum(size_t inputs, const float *u, uint64_t micro, enum ob_stream stream,

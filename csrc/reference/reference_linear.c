@@ -77,7 +77,7 @@ ob_reference_linear_forward(const ob_weights *w, size_t m_count, ob_dtype dt, co
 
 /* dy (N,) of token m -> q (N,), returns d; a non-finite g = dy * s gives q = 0 and NaN */
 static float
-quantize_gradient(const ob_weights *w, ob_dtype dt, const void *dy, size_t m, ob_rng_row random,
+quantize_gradient(const ob_weights *w, ob_dtype dt, const void *dy, size_t m, uint32_t random,
                   int8_t *q)
 {
     memset(q, 0, w->n);
@@ -118,7 +118,7 @@ ob_reference_linear_backward_input(const ob_weights *w, size_t m_count, ob_dtype
     uint64_t key = ob_ref_key(control, (uint64_t)control[OB_CTL_MICRO], OB_STREAM_INPUT_GRAD);
     *nonfinite = 0;
     for (size_t m = 0; m < m_count; m++) {
-        float d = quantize_gradient(w, dt, dy, m, ob_rng_at_row(key, m), q);
+        float d = quantize_gradient(w, dt, dy, m, ob_ref_first(key, m), q);
         *nonfinite += isnan(d) ? 1 : 0;
         for (size_t k = 0; k < w->k; k++) {
             int32_t acc = 0;

@@ -56,7 +56,7 @@ move_code(const ob_planes *planes, uint8_t *packed, size_t inputs, size_t i, siz
 
 int
 ob_ref_apply(ob_planes *planes, uint8_t *packed, size_t inputs, size_t i, size_t k, float u,
-             ob_rng_row random)
+             uint32_t random)
 {
     int bits = ob_rule_residual_bits(planes->rule), units = ob_rule_units(planes->rule);
     int limit = bits == 16 ? 16256 : 127, e = ob_ref_residual(planes, inputs, i, k);
@@ -106,7 +106,7 @@ ob_ref_vote_momentum(size_t inputs, const float *u, uint64_t micro, enum ob_stre
                      ob_planes *planes)
 {
     const double *control = planes->control;
-    ob_rng_row random = ob_ref_turned_row(control, micro, stream, ob_ref_output(planes, i));
+    uint32_t random = ob_ref_turned_first(control, micro, stream, ob_ref_output(planes, i));
     float beta1 = micro == 0 ? (float)control[OB_CTL_BETA1] : 1.0f;
     float share = (float)(1.0 - control[OB_CTL_BETA1]);
     int bits = ob_rule_momentum_bits(planes->rule);

@@ -59,7 +59,7 @@ quantize_outputs(micro_batch *b)
         }
         b->h_scale[n] = a / 127.0f;
         float inverse = 127.0f / a;
-        ob_rng_row random = ob_rng_at_row(key, n);
+        uint32_t random = ob_ref_first(key, n);
         for (size_t m = 0; m < b->tokens; m++) {
             b->hq[n * b->tokens + m] =
                 (int8_t)ob_ref_round(weighted_gradient(b, m, n) * inverse, random, m, 127.0f);
@@ -92,7 +92,7 @@ unscaled(const micro_batch *b, size_t n)
 static float
 gradient(const micro_batch *b, size_t n, size_t k)
 {
-    return ((float)b->acc[n * b->w->k + k] * b->h_scale[n]) * unscaled(b, n);
+    return (float)b->acc[n * b->w->k + k] * (b->h_scale[n] * unscaled(b, n));
 }
 
 /* col_sum[k] += mean over the rows in training of g^2, which are summed in blocks of 256 */
@@ -176,8 +176,8 @@ differentiate_bias(const micro_batch *b, float *db)
 static void
 vote_residual(size_t inputs, const float *u, const micro_batch *b, size_t i, ob_planes *planes)
 {
-    ob_rng_row random =
-        ob_ref_turned_row(b->control, b->micro, OB_STREAM_VOTE, ob_ref_output(planes, i));
+    uint32_t random =
+        ob_ref_turned_first(b->control, b->micro, OB_STREAM_VOTE, ob_ref_output(planes, i));
     for (size_t k = 0; k < inputs; k++) {
         planes->control[OB_CTL_VOTE_MOVED] +=
             ob_ref_apply(planes, planes->codes, inputs, i, k, u[k], random);
@@ -188,8 +188,8 @@ vote_residual(size_t inputs, const float *u, const micro_batch *b, size_t i, ob_
 static void
 hold_votes(size_t inputs, const float *u, const micro_batch *b, size_t i, ob_planes *planes)
 {
-    ob_rng_row random =
-        ob_ref_turned_row(b->control, b->micro, OB_STREAM_VOTE, ob_ref_output(planes, i));
+    uint32_t random =
+        ob_ref_turned_first(b->control, b->micro, OB_STREAM_VOTE, ob_ref_output(planes, i));
     for (size_t k = 0; k < inputs; k++) {
         int16_t *held = &planes->votes[i * inputs + k];
         int vote = ob_ref_round(u[k] * 1024.0f, random, k, 40000.0f);
@@ -211,11 +211,12 @@ cast_votes(const micro_batch *b, ob_planes *planes, float *u)
         size_t n = ob_ref_output(planes, i);
         float q = planes->row_factor[i] / average;
         float a = q > 0.0f ? (b->h_scale[n] * unscaled(b, n)) / sqrtf(q) : 0.0f;
+        a = fabsf(a) < 0x1p90f ? a : 0.0f;
         for (size_t k = 0; k < inputs; k++) {
             float col = planes->col_factor[k];
             float c = col > 0.0f ? 1.0f / sqrtf(col) : 0.0f;
             float v = ((float)b->acc[n * inputs + k] * a) * c;
-            u[k] = isnan(v) ? 0.0f : fmaxf(-clip, fminf(clip, v));
+            u[k] = fmaxf(-clip, fminf(clip, v));
         }
         if (planes->votes != NULL) {
             hold_votes(inputs, u, b, i, planes);

@@ -104,10 +104,6 @@ enum { INPUT_GRAD = 1, WEIGHT_GRAD, VOTE, MOMENTUM, MOMENTUM_STEP, STREAMS };
 enum { MEAN_R = 32, KEYS = 40 }; /* behind the control: what a step leaves for the next, float64, and uint64 by stream */
 
 /* ------------------------------------------------------------------ random numbers, as csrc/base/rng.h */
-typedef struct row_key {
-    uint32_t a, b, turn;
-} row_key;
-
 DEVICE uint64_t
 mix(uint64_t x)
 {
@@ -117,25 +113,20 @@ mix(uint64_t x)
     return x ^ (x >> 31);
 }
 
-DEVICE row_key
+/* The number at column 0 of a row, 24 bits. */
+DEVICE uint32_t
 at_row(const double *control, int stream, int64_t row)
 {
     uint64_t key;
     memcpy(&key, control + KEYS + stream, 8);
-    key = mix(key + (uint64_t)row);
     uint32_t turn = stream < VOTE ? 0 : (uint32_t)(uint64_t)control[STEP] * 0x9E3779B9u;
-    row_key r = {(uint32_t)key, (uint32_t)(key >> 32), turn};
-    return r;
+    return ((uint32_t)mix(key + (uint64_t)row) + turn) >> 8;
 }
 
 DEVICE float
-uniform(row_key row, int64_t column)
+uniform(uint32_t first, int64_t column)
 {
-    uint32_t x = (uint32_t)column * 0x9E3779B9u + row.a;
-    x = (x ^ (x >> 16)) * 0x7FEB352Du;
-    x ^= row.b;
-    x = (x ^ (x >> 15)) * 0x846CA68Bu;
-    return (float)(((x ^ (x >> 16)) + row.turn) >> 8) * 0x1p-24f;
+    return (float)((first + (uint32_t)column * 0x6A09E7u) & 0xFFFFFFu) * 0x1p-24f;
 }
 
 DEVICE float
@@ -229,7 +220,7 @@ round_tokens(int64_t i, const arguments *a)
     const double *control = (const double *)a->p[5];
     int64_t outputs = a->n[0], bf16 = a->n[1], m = part(i, outputs / 8);
     float top = absmax[m] * *s, inverse = top < TINY ? 0.0f : 127.0f / top;
-    row_key random = at_row(control, INPUT_GRAD, m);
+    uint32_t random = at_row(control, INPUT_GRAD, m);
     for (int64_t j = i * 8; j < i * 8 + 8; j++) {
         float v = (load(dy, j, bf16) * *s) * inverse;
         codes[j] = top < TINY ? (int8_t)0 : (int8_t)round_within(v, uniform(random, j - m * outputs), 127.0f);
@@ -267,7 +258,7 @@ round_outputs(int64_t i, const arguments *a)
     int64_t tokens = a->n[0], outputs = a->n[1], bf16 = a->n[2], rows = a->n[3], row = rest(i, rows);
     int64_t n = (int64_t)control[STRIPE] + (int64_t)control[STRIPES] * row, first = part(i, rows) * TOKENS;
     float top = float_of(((const uint32_t *)a->p[2])[row]), inverse = top < TINY ? 0.0f : 127.0f / top;
-    row_key random = at_row(control, WEIGHT_GRAD, n);
+    uint32_t random = at_row(control, WEIGHT_GRAD, n);
     sixteen codes;
     for (int j = 0; j < TOKENS; j++) {
         float v = (load(a->p[0], (first + j) * outputs + n, bf16) * sx[first + j]) * inverse;
@@ -357,7 +348,7 @@ vote_strip(int64_t i, const arguments *a)
     int64_t product = 0;
     for (int l = 0; l < 16; l++) {
         for (int q = 0; q < 4; q++) {
-            float g = ((float)acc[l + 16 * q] * h) * sn;
+            float g = (float)acc[l + 16 * q] * (h * sn);
             lane[l] = q ? lane[l] + g * g : g * g;
             product += (int64_t)code_of(&s, l + 16 * q) * acc[l + 16 * q];
         }
@@ -374,18 +365,19 @@ vote_strip(int64_t i, const arguments *a)
     }
     float ratio = row_factor[row] / (float)control[MEAN_R], clip = (float)control[CLIP];
     float an = ratio > 0.0f ? (h * sn) / sqrtf(ratio) : 0.0f;
+    an = fabsf(an) < 0x1p90f ? an : 0.0f;
     float eta = control[CAP] > 0 ? fminf((float)control[ETA], 0.06f) : (float)control[ETA];
     float step = (-(float)units * eta) * (float)control[GUARD];
     float u[STRIP], limit = bits == 16 ? 16256.0f : 127.0f;
     for (int j = 0; j < STRIP; j++) {
         float factor = column_factor[s.first + j], c = factor > 0.0f ? 1.0f / sqrtf(factor) : 0.0f;
         float v = ((float)acc[j] * an) * c;
-        u[j] = v == v ? fmaxf(fminf(v, clip), -clip) : 0.0f;
+        u[j] = fmaxf(fminf(v, clip), -clip);
     }
     if (momentum_bits) {
         float keep = (float)control[BETA1], take = (float)(1.0 - control[BETA1]), old = momentum_scale[i], top = 0.0f;
         float most = momentum_bits == 8 ? 127.0f : 7.0f;
-        row_key random = at_row(control, MOMENTUM, s.n);
+        uint32_t random = at_row(control, MOMENTUM, s.n);
         for (int j = 0; j < STRIP; j++) {
             u[j] = keep * ((float)momentum[s.at + j] * old) + take * u[j];
             top = fmaxf(top, fabsf(u[j]));
@@ -398,7 +390,7 @@ vote_strip(int64_t i, const arguments *a)
             u[j] = code * now;
         }
     }
-    row_key random = at_row(control, momentum_bits ? MOMENTUM_STEP : VOTE, s.n);
+    uint32_t random = at_row(control, momentum_bits ? MOMENTUM_STEP : VOTE, s.n);
     float zone = (float)a->n[6] * 0.5f;
     for (int j = 0; j < STRIP; j++) {
         float beyond = fmaxf(u[j] - zone, 0.0f) + fminf(u[j] + zone, 0.0f);
@@ -421,7 +413,7 @@ column_squares(int64_t i, const arguments *a)
     int64_t inputs = a->n[1], rows = a->n[2], k = rest(i, inputs), first = part(i, inputs) * ROWS;
     float sn = *scale * (float)(1.0 / control[GRAD_SCALE]), total = 0.0f;
     for (int64_t row = first; row < first + ROWS && row < rows; row++) {
-        float g = ((float)acc[row * inputs + k] * hs[row]) * sn;
+        float g = (float)acc[row * inputs + k] * (hs[row] * sn);
         total = total + g * g;
     }
     ((float *)a->p[4])[i] = total;
