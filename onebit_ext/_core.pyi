@@ -228,7 +228,7 @@ class FlipOptimizer:
         self,
         layers: Sequence[TernaryLinear],
         lr: float = 0.03,
-        scale_lr: float = 1e-4,
+        scale_lr: float = 2e-3,
         betas: tuple[float, float] | None = None,
         recipe: str = "finetune",
         residual_bits: int | None = None,

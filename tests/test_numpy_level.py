@@ -130,7 +130,7 @@ def test_text() -> None:
     assert repr(layer) == text + "None)"
     opt = ob.FlipOptimizer([layer], lr=0.5)
     assert repr(layer) == text + "residual8)"
-    assert repr(opt) == "FlipOptimizer(1 layers, lr=0.5, scale_lr=0.0001, bias_lr=0.001, rule=residual8)"
+    assert repr(opt) == "FlipOptimizer(1 layers, lr=0.5, scale_lr=0.002, bias_lr=0.001, rule=residual8)"
     opt.detach()
     assert "detached" in repr(opt) and repr(layer) == text + "None)"
 

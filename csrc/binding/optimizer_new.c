@@ -209,7 +209,7 @@ ob_optimizer_new(PyTypeObject *type, PyObject *args, PyObject *kw)
                       *residual = Py_None, *momentum = Py_None, *cap = Py_None, *seed = NULL,
                       *bias_lr = NULL, *rule = Py_None, *stripes = NULL, *vote_plane = NULL;
     ob_call call = {.function = "FlipOptimizer"};
-    options o = {0.03, 1e-4, 1e-3, {0.0, 0.95}, 0.025, 0, 1, OB_RULE_residual8, 0};
+    options o = {0.03, 2e-3, 1e-3, {0.0, 0.95}, 0.025, 0, 1, OB_RULE_residual8, 0};
     if (state == NULL ||
         !PyArg_ParseTupleAndKeywords(args, kw, "O|OOOOOOOOOOOO", keys, &layers, &lr, &scale_lr,
                                      &betas, &recipe, &residual, &momentum, &cap, &seed, &bias_lr,

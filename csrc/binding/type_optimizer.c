@@ -263,7 +263,7 @@ optimizer_dealloc(PyObject *object)
 
 PyDoc_STRVAR(
     optimizer_doc,
-    "FlipOptimizer(layers, lr=0.03, scale_lr=1e-4, betas=None, recipe='finetune',\n"
+    "FlipOptimizer(layers, lr=0.03, scale_lr=2e-3, betas=None, recipe='finetune',\n"
     "              residual_bits=None, momentum_bits=None, flip_rate_cap=None, seed=0, "
     "bias_lr=1e-3,\n"
     "              rule=None, stripes=1, vote_plane=False)\n"

@@ -2,7 +2,7 @@
 
 model = replace_linear(model)  # nn.Linear and the packed layers of transformers -> BitLinear
 optimizer = FlipOptimizer(model)  # flips the codes, AdamW for everything else
-schedule = cosine_schedule(optimizer, steps)  # or any of torch's
+schedule = linear_schedule(optimizer, steps)  # or any of torch's
 """
 
 from . import distributed, guard  # noqa: F401 (both install a hook)
@@ -12,7 +12,7 @@ from .methods import Bop, LatentAdam, ShadowLinear, eta_from_hybrid, prepare
 from .nn import BitLinear
 from .ops import no_votes
 from .optim import FlipOptimizer
-from .schedule import cosine_schedule, wsd_schedule
+from .schedule import cosine_schedule, linear_schedule, wsd_schedule
 from .swap import replace_linear
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "bits_per_weight",
     "cosine_schedule",
     "eta_from_hybrid",
+    "linear_schedule",
     "no_votes",
     "prepare",
     "replace_linear",

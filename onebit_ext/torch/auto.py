@@ -38,7 +38,7 @@ class AutoFlip:
         self,
         model: nn.Module,
         flip_lr: float = 0.03,
-        scale_lr: float = 1e-4,
+        scale_lr: float = 2e-3,
         recipe: str = "finetune",
         residual_bits: int | None = None,
         momentum_bits: int | None = None,

@@ -76,7 +76,7 @@ class FlipOptimizer(torch.optim.Optimizer):
         params: nn.Module | Iterable[Any],
         lr: float = 0.03,
         float_lr: float = 1e-3,
-        scale_lr: float = 1e-4,
+        scale_lr: float = 2e-3,
         betas: tuple[float, float] | None = None,
         recipe: str = "finetune",
         weight_decay: float = 0.0,

@@ -24,10 +24,19 @@ def cosine(step: int, steps: int, warmup: float = WARMUP) -> float:
     return _rise(step, steps, warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+def linear(step: int, steps: int, warmup: float = WARMUP) -> float:
+    """Rises as `cosine`, then falls linearly to 0 at `steps`."""
+    fall = (steps - step) / max((1 - warmup) * steps, 1.0)
+    return min(_rise(step, steps, warmup), 1.0, max(0.0, fall))
+
+
 def wsd(step: int, steps: int, warmup: float = WARMUP) -> float:
     """Warmup, stable, decay (MiniCPM, arXiv 2404.06395): rises as `cosine`, stays at 1, falls linearly to 0 over the
     last 40 % of the steps."""
     return _rise(step, steps, warmup) * min(1.0, max(0.0, (steps - step) / (DECAY * steps)))
+
+
+SHAPES = {"cosine": (cosine, cosine), "linear": (linear, linear), "wsd": (wsd, cosine)}  # of codes, of all else
 
 
 def cosine_schedule(
@@ -38,7 +47,15 @@ def cosine_schedule(
     A block-cyclic optimizer's codes have one such cycle per stripe, `stripe_steps` long; where that is open, it becomes
     steps / stripes, rounded up: one cycle of all stripes per run.
     """
-    return _schedule("cosine_schedule", optimizer, steps, warmup, cosine)
+    return scheduled("cosine", optimizer, steps, warmup)
+
+
+def linear_schedule(
+    optimizer: torch.optim.Optimizer, steps: int, warmup: float = WARMUP
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """As `cosine_schedule`, but linearly to 0 after the warmup, as transformers' default: to fine-tune, every method
+    ends lower."""
+    return scheduled("linear", optimizer, steps, warmup)
 
 
 def wsd_schedule(
@@ -47,19 +64,20 @@ def wsd_schedule(
     """As `cosine_schedule`, but the rate of codes, or of a float shadow, stays at its peak and falls over the last 40 %
     (`wsd`): from scratch every method ends lower, and a stripe of a block-cyclic optimizer makes more of its few steps.
     """
-    return _schedule("wsd_schedule", optimizer, steps, warmup, wsd)
+    return scheduled("wsd", optimizer, steps, warmup)
 
 
-def _schedule(
-    caller: str, optimizer: torch.optim.Optimizer, steps: int, warmup: float, shape: Shape
+def scheduled(
+    name: str, optimizer: torch.optim.Optimizer, steps: int, warmup: float = WARMUP
 ) -> torch.optim.lr_scheduler.LambdaLR:
+    """One of SHAPES."""
     if steps < 1 or not 0 <= warmup <= 1:
-        raise ValueError(f"{caller}: 'steps' must be at least 1, 'warmup' in [0, 1], got {steps!r}, {warmup!r}")
-    stripes = getattr(optimizer, "stripes", 1)
+        raise ValueError(f"{name}_schedule: 'steps' must be at least 1, 'warmup' in [0, 1], got {steps!r}, {warmup!r}")
+    stripes, (shape, others) = getattr(optimizer, "stripes", 1), SHAPES[name]
 
     def of(group: dict[str, Any]) -> Callable[[int], float]:
         if group.get("kind") != "codes":
-            return lambda step: cosine(step, steps, warmup)
+            return lambda step: others(step, steps, warmup)
         if stripes == 1:
             return lambda step: shape(step, steps, warmup)
         if group["stripe_steps"] is None:

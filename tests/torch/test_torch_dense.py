@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torchkit import OPTIONS, loss_of, net, same, snapshot, train
+from transformers import get_linear_schedule_with_warmup
 
 from onebit_ext.torch import (
     BitLinear,
@@ -21,6 +22,7 @@ from onebit_ext.torch import (
     bits_per_weight,
     cosine_schedule,
     eta_from_hybrid,
+    linear_schedule,
     prepare,
     state_bytes,
     wsd_schedule,
@@ -222,6 +224,22 @@ def test_cosine_schedule() -> None:
     assert seen[100] == [0, 0, 0]
     with pytest.raises(ValueError, match="'steps'"):
         cosine_schedule(optimizer, 0)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.2, 1.0])
+def test_linear_schedule(warmup: float) -> None:
+    """As transformers' behind the warmup, whose first step has a rate here; every group alike."""
+    optimizer, other = FlipOptimizer(net(), lr=0.1, float_lr=0.2), torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)
+    schedule = linear_schedule(optimizer, 30, warmup)
+    wanted = get_linear_schedule_with_warmup(other, round(30 * warmup), 30)
+    for step in range(31):
+        want = (step + 1) / (30 * warmup) if step < 30 * warmup else wanted.get_last_lr()[0]
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert rates == pytest.approx([0.1 * want, 2e-3 * want, 0.2 * want])
+        for each in (optimizer, other, schedule, wanted):
+            each.step()
+    with pytest.raises(ValueError, match="linear_schedule: 'steps'"):
+        linear_schedule(optimizer, 0)
 
 
 def test_every_stripe_has_its_own_cycle() -> None:

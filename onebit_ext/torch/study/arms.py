@@ -17,7 +17,7 @@ class Arm:
     """prepare(model, **options) with one dial, tried at each of `factors` times the task's eta (or rate of the scales).
 
     bits: persistent ones per weight, nominal.  quantum: of what the rule writes, in cells.  dead_zone: of its votes.
-    schedule: of the codes, "cosine" or "wsd"; None: the task's.  dial: what is tuned.
+    schedule: a name in ..schedule.SHAPES; None: the task's.  dial: what is tuned.
     "eta": cells per step of the codes, or the rate of Bop's mean; "hybrid": AdamW's rate of the float weight, in cells
     (times mean |W|); "scale": the scales' rate.
     """
@@ -65,7 +65,7 @@ def _cyclic(stripes: int) -> Arm:
 
 
 ALL = (
-    Arm(FROZEN, "codes frozen", 2, {"method": "frozen"}, "scale", (1.0, 4.0, 16.0)),
+    Arm(FROZEN, "codes frozen", 2, {"method": "frozen"}, "scale"),
     Arm(HYBRID, "hybrid float32", 96, {"method": "shadow"}, "hybrid"),
     Arm("shadow16", "hybrid bfloat16", 48, {"method": "shadow", "shadow_dtype": "bfloat16"}, "hybrid"),
     Arm("optimizer32", "float32 in the optimizer", 98, {"method": "optimizer"}, "hybrid"),

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from onebit_ext import _core
 
-from .. import BitLinear, ShadowLinear, cosine_schedule, prepare, state_bytes, wsd_schedule
+from .. import BitLinear, ShadowLinear, prepare, state_bytes
 from ..demo.train import training
 from ..memory import training_bytes
+from ..schedule import scheduled
 from .arms import Arm
 from .tasks import Task, absmean
 
@@ -52,8 +53,7 @@ class Trainer:
         self._losses: list[Tensor] = []
         self._flips: list[float] = []
         self._watched = False
-        scheduled = wsd_schedule if (arm.schedule or task.schedule) == "wsd" else cosine_schedule
-        schedule = scheduled(self.optimizer, task.steps)
+        schedule = scheduled(arm.schedule or task.schedule, self.optimizer, task.steps)
         clip = [*self.model.float_parameters()]
         clip += [layer.weight for layer in self.model.linears() if layer.weight.requires_grad]
         clip = [p for p in clip if p.requires_grad]

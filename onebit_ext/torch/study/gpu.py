@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from onebit_ext import _core
 
-from ..schedule import WARMUP, Shape, cosine, wsd
+from ..schedule import SHAPES, WARMUP, Shape
 from .arms import Arm
 from .emulation import (
     CONTROL,
@@ -123,11 +123,11 @@ class Trainer:
 
     def _schedules(self) -> None:
         task, steps = self.task, self.task.steps
-        whole = _factors(cosine, steps)
+        shape, others = SHAPES[self.arm.schedule or task.schedule]
+        whole = _factors(others, steps)
         stripes = self.emulated[0].rule.stripes if self.emulated else 1
         each = -(-steps // stripes)
         self.stripe_steps = each if stripes > 1 else 0
-        shape = wsd if (self.arm.schedule or task.schedule) == "wsd" else cosine
         eta = np.tile(_factors(shape, each), stripes)[:steps] * (0.0 if self.arm.dial == "scale" else self.rate)
         scale_lr = self.rate if self.arm.dial == "scale" else task.scale_lr
         rates = np.stack([np.append(eta[1:], 0.0), scale_lr * whole], 1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Budget:
     """Steps of `batch` windows; eta: the middle of what every arm's dial is tried at, in cells per step.
 
-    schedule: of the codes or of a float weight; "wsd" helps every arm that starts from scratch.
+    schedule: a name in ..schedule.SHAPES; "linear" to fine-tune and "wsd" from scratch help every arm.
     """
 
     steps: int
@@ -31,7 +31,6 @@ class Size:
     facts: int
     budgets: dict[str, Budget]
     float_lr: float  # AdamW of embedding, head and norms, from scratch; fine-tuning takes a quarter
-    scale_lr: float  # fine-tuning, relative to the first scale; from scratch takes six times that
     seeds: int
     all_packages: bool  # texts of everything installed (site_text.py), or those of tools.text
     student: tuple[int, int]  # outputs and inputs of the layer that meets a teacher
@@ -48,15 +47,14 @@ SIZES = {
         facts=8,
         budgets={
             "pretrain": Budget(700, 16, 0.03),
-            "short": Budget(80, 8, 0.05),
-            "long": Budget(110, 8, 0.05),
+            "short": Budget(80, 8, 0.05, "linear"),
+            "long": Budget(110, 8, 0.05, "linear"),
             "scratch": Budget(130, 8, 0.04, "wsd"),
             "copy": Budget(100, 8, 0.08, "wsd"),
             "teacher": Budget(120, 32, 0.05),
-            "facts": Budget(80, 8, 0.05),
+            "facts": Budget(80, 8, 0.05, "linear"),
         },
         float_lr=4e-3,
-        scale_lr=1e-3,
         seeds=2,
         all_packages=False,
         student=(64, 128),
@@ -71,15 +69,14 @@ SIZES = {
         facts=1000,
         budgets={
             "pretrain": Budget(2500, 64, 0.08),
-            "short": Budget(400, 64, 0.04),
-            "long": Budget(2000, 16, 0.03),
+            "short": Budget(400, 64, 0.04, "linear"),
+            "long": Budget(2000, 16, 0.03, "linear"),
             "scratch": Budget(1000, 64, 0.05, "wsd"),
             "copy": Budget(400, 64, 0.05, "wsd"),
             "teacher": Budget(1000, 64, 0.03),
-            "facts": Budget(400, 64, 0.03),
+            "facts": Budget(400, 64, 0.03, "linear"),
         },
         float_lr=2e-3,
-        scale_lr=1e-4,
         seeds=3,
         all_packages=True,
         student=(512, 512),
