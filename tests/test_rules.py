@@ -301,3 +301,18 @@ def test_rounding_errors_of_a_steady_vote_cancel(rule: str, parts: int, rank: in
     u = 1 if "momentum" not in rule else 1 - 0.7 * (1 - 0.7**steps) / (1 - 0.7) / steps
     error = planes["residual"] * -signs[:, None] - steps * 0.384 * u
     assert np.abs(error.mean()) < 1 and 0.2 < error.std() < 1.5  # each weight has its own number
+
+
+def test_rounding_errors_of_a_row_cancel(isa: str) -> None:
+    """One vote of .384 units for each of 4,096 columns: independent roundings would miss their sum by 31."""
+    n, k = 40, 4096
+    x, dy = np.ones((16, k), F32), np.full((16, n), 0.5, F32)
+    packed, scale = ob.pack(np.zeros((n, k), np.int8)), np.ones(1, F32)
+    planes = ob.new_planes(n, k, "residual8", eta=0.003, cap=0, seed=7, layer=2)
+    _, xq, sx = oracle.linear_forward(x, np.zeros((n, k), np.int8), scale)
+    for _ in range(2):  # the first measures
+        _core.vote(dy, xq, sx, packed, scale, k, planes)
+        ob.flip(packed, planes)
+    missed = (planes["residual"] + 0.384).cumsum(1)
+    assert 0.3 < np.abs(missed).max() < 3
+    assert len(np.unique(planes["residual"], axis=0)) > n // 2  # each row begins elsewhere

@@ -165,7 +165,7 @@ def test_arms_have_equal_budgets_and_are_known_to_the_plots() -> None:
 
     assert {len(arm.candidates(0.03, 1e-3)) for arm in ALL} == {3}
     assert {arm.name for arm in ALL} == set(STYLE) and len(set(STYLE.values())) == len(ALL)
-    assert BY_NAME["frozen"].candidates(0.03, 1e-3) == [0.001, 0.004, 0.016]
+    assert BY_NAME["frozen"].candidates(0.03, 1e-3) == [0.0005, 0.001, 0.002]
     assert BY_NAME["shadow32"].candidates(0.08, 1e-3) == [0.04, 0.08, 0.16]
 
 
