@@ -191,7 +191,7 @@ void ob_random_codes(size_t n, size_t k, uint64_t seed, uint8_t *packed);
 #define OB_MAX_RANKS 4096
 
 /* mean (share,) of what `ranks` processes hold in parts (ranks, share), int8 or int16 by `bytes`: floor((sum + j) / ranks),
- * j = ranks * draw >> 32 under the stream COMBINE, micro 0, with no rank in its key.  parts are the entries first ..
+ * j = floor(ranks * r), r as of stochastic rounding under the stream COMBINE, micro 0, with no rank in its key.  parts are the entries first ..
  * first + share - 1 of a plane with rows of `columns`; row i of it is output STRIPE + STRIPES * i. */
 ob_status ob_average_residuals(size_t ranks, size_t share, int bytes, const void *parts,
                                size_t first, size_t columns, const double *control, void *mean);

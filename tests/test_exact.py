@@ -154,6 +154,15 @@ def test_full_micro_batch(isa: str) -> None:
     assert_same_bits(outputs(_core, problem, 1), outputs(Oracle, problem, 1), isa)
 
 
+@pytest.mark.parametrize("m", [2048, 2049, 4096])
+def test_largest_sums_of_a_strip(isa: str, m: int) -> None:
+    """All 64 products of a row and a code of 1 add up, around the tokens at which that leaves 32 bits."""
+    problem = random_problem(8, m, 3, 128, rows=True)
+    problem.x[...], problem.dy[...] = 1, 1
+    problem.packed = shapes.pack(np.ones((3, 128), np.int8))
+    assert_same_bits(outputs(_core, problem, 1), outputs(Oracle, problem, 1), isa)
+
+
 @pytest.mark.parametrize("vote_plane", [False, True])
 @pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize("name", ISAS)

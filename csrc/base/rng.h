@@ -71,6 +71,7 @@ ob_rng_at_row(uint64_t key, uint64_t row)
     return r;
 }
 
+/* What the numbers of a weight's votes turn by */
 OB_INLINE uint32_t
 ob_rng_turn(uint64_t step, uint64_t micro)
 {
@@ -78,16 +79,16 @@ ob_rng_turn(uint64_t step, uint64_t micro)
            (uint32_t)(micro >> 32) * OB_RNG_PLASTIC2;
 }
 
-/* The number of a row's column 0, 24 bits in 2^-32 */
+/* The number of a row's column 0, a multiple of 2^8, in units of 2^-32 */
 OB_INLINE uint32_t
 ob_rng_first(uint64_t key, uint64_t row, uint32_t turn)
 {
     return (ob_rng_at_row(key, row).a + turn) & 0xFFFFFF00u;
 }
 
-/* The number of a column, the same; to be compared with a fraction of 2^-24 */
+/* The number of a column, in the same units */
 OB_INLINE uint32_t
-ob_rng_turned(uint32_t first, uint32_t column)
+ob_rng_number(uint32_t first, uint32_t column)
 {
     return first + column * OB_RNG_SQRT2;
 }

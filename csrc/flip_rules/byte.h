@@ -22,9 +22,9 @@ step_row_byte(const ob_flip_row *row)
         int8_t v[OB_STRIP] = {0};
         memcpy(v, (const int8_t *)row->residual + first, columns);
         for (size_t j = 0; j < STRIP_VECTORS && j * LANES < columns; j++) {
-            vf t = vf_rint(vf_mul(vi_to_f32(vi_load_i8(v + j * LANES)), vf_set1(1.0f / 85.0f)));
+            vi t = vi_rint(vf_mul(vi_to_f32(vi_load_i8(v + j * LANES)), vf_set1(1.0f / 85.0f)));
             moved += store_codes(&codes, j, OB_MIN(columns - j * LANES, (size_t)LANES),
-                                 vi_add(vi_from_f32(t), vi_set1(1)));
+                                 vi_add(t, vi_set1(1)));
         }
     }
     return moved;

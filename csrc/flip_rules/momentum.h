@@ -48,7 +48,7 @@ momentum_store(int bits, uint8_t *codes, uint16_t *scale, const vf *m, uint32_t 
     *scale = (uint16_t)((unit_bits + 0xFFFFu) >> 16); /* up, so that no code passes the top */
     vf inverse = vf_set1(1.0f / float_of_bits((uint32_t)*scale << 16));
     for (size_t v = 0; v < STRIP_VECTORS; v++) {
-        code[v] = stochastic_round(vf_mul(m[v], inverse), turned_lanes(random, v), top_code);
+        code[v] = stochastic_round(vf_mul(m[v], inverse), number_lanes(random, v), top_code);
         if (bits == 8) {
             vi_store_i8((int8_t *)codes + v * LANES, code[v]);
         }

@@ -12,7 +12,7 @@ vote_row_residual16(const ob_vote_strip *s, size_t i, size_t n, const vf *u)
     (void)n;
     int16_t *e = (int16_t *)s->residual + i * s->k + s->strip * OB_STRIP;
     for (size_t v = 0; v < STRIP_VECTORS && v * LANES < s->columns; v++) {
-        vi r = turned_lanes(random_of(s, i), v);
+        vi r = number_lanes(random_of(s, i), v);
         vi d = stochastic_round(vf_mul(u[v], vf_set1(s->step)), r, 16256.0f);
         size_t count = OB_MIN(s->columns - v * LANES, (size_t)LANES);
         vf moved = vi_to_f32(vi_add(load_words(e + v * LANES, count), d));

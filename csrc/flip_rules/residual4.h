@@ -15,16 +15,15 @@ coarse_move(float units, const code_row *codes, size_t columns, vi *e, const vf 
     vf high = vf_set1(units + (units - 1.0f) / 2.0f), low = vf_set1(-units - (units - 1.0f) / 2.0f);
     uint64_t moved = 0;
     for (size_t v = 0; v < STRIP_VECTORS && v * LANES < columns; v++) {
-        vi r = turned_lanes(random, v);
+        vi r = number_lanes(random, v);
         vf d = vi_to_f32(stochastic_round(vf_mul(u[v], vf_set1(step)), r, 127.0f));
         vf t = vi_to_f32(vi_sub(load_codes(codes, v), vi_set1(1)));
         vf x = vf_add(vf_add(vf_mul(t, vf_set1(units)), vi_to_f32(e[v])), d);
         x = vf_max(vf_min(x, high), low);
-        vf now = vf_rint(
-            vf_mul(x, vf_set1(1.0f / units))); /* units is odd: x / units is never half way */
-        e[v] = vi_from_f32(vf_add(x, vf_mul(now, vf_set1(-units))));
+        vi now = vi_rint(vf_mul(x, vf_set1(1.0f / units))); /* units is odd: never half way */
+        e[v] = vi_from_f32(vf_add(x, vf_mul(vi_to_f32(now), vf_set1(-units))));
         moved += store_codes(codes, v, OB_MIN(columns - v * LANES, (size_t)LANES),
-                             vi_add(vi_from_f32(now), vi_set1(1)));
+                             vi_add(now, vi_set1(1)));
     }
     return moved;
 }

@@ -20,7 +20,7 @@ step_row_residual4_momentum4(const ob_flip_row *row)
         code_row codes = code_row_at(row->packed, row->k_steps, row->n, strip);
         moved += residual4_move((uint8_t *)row->residual + strip * (OB_STRIP / 2), &codes,
                                 OB_MIN(row->k - first, (size_t)OB_STRIP), m, row->step,
-                                ob_rng_turned(row->random, (uint32_t)first));
+                                ob_rng_number(row->random, (uint32_t)first));
     }
     return moved;
 }

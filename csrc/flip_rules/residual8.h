@@ -90,10 +90,10 @@ vote_row_residual8(const ob_vote_strip *s, size_t i, size_t n, const vf *u)
 {
     vi d[STRIP_VECTORS];
     (void)n;
-    for (size_t v = 0; v < STRIP_VECTORS;
-         v++) { /* |step * u| < 2^20: what is rounded here is clamped there */
+    /* Not stochastic_round: residual8_add clamps, and |step * u| < 2^20 by ob_control_clip (ops.h). */
+    for (size_t v = 0; v < STRIP_VECTORS; v++) {
         vf wanted = vf_mul(u[v], vf_set1(s->step));
-        d[v] = vi_floor(vf_add_uniform(wanted, turned_lanes(random_of(s, i), v)));
+        d[v] = vi_floor(vf_add_uniform(wanted, number_lanes(random_of(s, i), v)));
     }
     residual8_add((int8_t *)s->residual + i * s->k + s->strip * OB_STRIP, s->columns, d);
     return 0;

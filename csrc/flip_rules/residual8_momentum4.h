@@ -11,11 +11,11 @@ residual8_momentum_step(int bits, const ob_flip_row *row)
     for (size_t first = 0; first < row->k; first += OB_STRIP) {
         vf m[STRIP_VECTORS];
         vi d[STRIP_VECTORS];
-        uint32_t random = ob_rng_turned(row->random, (uint32_t)first);
+        uint32_t random = ob_rng_number(row->random, (uint32_t)first);
         momentum_of_block(bits, row, first / OB_STRIP, m);
         for (size_t v = 0; v < STRIP_VECTORS; v++) {
             vf wanted = vf_mul(m[v], vf_set1(row->step));
-            d[v] = stochastic_round(wanted, turned_lanes(random, v), 127.0f);
+            d[v] = stochastic_round(wanted, number_lanes(random, v), 127.0f);
         }
         residual8_add((int8_t *)row->residual + first, OB_MIN(row->k - first, (size_t)OB_STRIP), d);
     }

@@ -61,12 +61,6 @@ vf_max(vf a, vf b)
 {
     EACH(vf, a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]);
 }
-/* adding 1.5 * 2^23 rounds to a whole number, half to even, for |x| < 2^22 */
-OB_INLINE vf
-vf_rint(vf a)
-{
-    EACH(vf, (a.lane[i] + 12582912.0f) - 12582912.0f);
-}
 /* clang-format on */
 
 OB_INLINE vf
@@ -75,6 +69,12 @@ vf_clip(vf a, vf limit)
     EACH(vf, a.lane[i] > limit.lane[i]    ? limit.lane[i]
              : a.lane[i] < -limit.lane[i] ? -limit.lane[i]
                                           : a.lane[i]);
+}
+
+OB_INLINE vf
+vf_one_nan(vf a)
+{
+    EACH(vf, a.lane[i] != a.lane[i] ? __builtin_nanf("") : a.lane[i]);
 }
 
 OB_INLINE vf
@@ -130,6 +130,8 @@ OB_INLINE vi vi_srlv(vi a, vi n) { EACH(vi, (int32_t)(U(a.lane[i]) >> n.lane[i])
 OB_INLINE vi vi_max(vi a, vi b) { EACH(vi, a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]); }
 OB_INLINE vf vi_to_f32(vi a) { EACH(vf, (float)a.lane[i]); }
 OB_INLINE vi vi_from_f32(vf a) { EACH(vi, (int32_t)a.lane[i]); }
+/* adding 1.5 * 2^23 rounds to a whole number, half to even */
+OB_INLINE vi vi_rint(vf a) { EACH(vi, (int32_t)((a.lane[i] + 12582912.0f) - 12582912.0f)); }
 OB_INLINE vi vi_floor(vf a) { EACH(vi, (int32_t)a.lane[i] - ((float)(int32_t)a.lane[i] > a.lane[i])); }
 OB_INLINE vf vf_add_uniform(vf v, vi r) { EACH(vf, v.lane[i] + (float)(U(r.lane[i]) >> 8) * 0x1p-24f); }
 OB_INLINE vi vi_add_where(vi sum, vi a, vi x, vi mask) { EACH(vi, sum.lane[i] + (x.lane[i] & mask.lane[i] ? a.lane[i] : 0)); }

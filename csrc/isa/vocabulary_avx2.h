@@ -29,15 +29,20 @@ OB_INLINE vf vf_min(vf a, vf b) { return F2(_mm256_min_ps, a, b); }
 OB_INLINE vf vf_max(vf a, vf b) { return F2(_mm256_max_ps, a, b); }
 /* clang-format on */
 OB_INLINE vf
-vf_rint(vf a)
-{
-    return (vf){_mm256_round_ps(a.lo, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
-                _mm256_round_ps(a.hi, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
-OB_INLINE vf
 vf_clip(vf a, vf limit)
 {
     return vf_max(vf_min(a, limit), F2(_mm256_xor_ps, limit, vf_set1(-0.0f)));
+}
+OB_INLINE __m256
+one_nan8(__m256 a)
+{
+    __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FC00000));
+    return _mm256_blendv_ps(a, nan, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+}
+OB_INLINE vf
+vf_one_nan(vf a)
+{
+    return (vf){one_nan8(a.lo), one_nan8(a.hi)};
 }
 /* clang-format off */
 OB_INLINE vf vf_bits(vi a) { return (vf){_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
@@ -85,6 +90,7 @@ OB_INLINE vi vi_srlv(vi a, vi n) { return I2(_mm256_srlv_epi32, a, n); }
 OB_INLINE vi vi_max(vi a, vi b) { return I2(_mm256_max_epi32, a, b); }
 OB_INLINE vf vi_to_f32(vi a) { return (vf){_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 OB_INLINE vi vi_from_f32(vf a) { return (vi){_mm256_cvttps_epi32(a.lo), _mm256_cvttps_epi32(a.hi)}; }
+OB_INLINE vi vi_rint(vf a) { return (vi){_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
 OB_INLINE vi vi_floor(vf a) { return vi_from_f32(F1(_mm256_floor_ps, a)); }
 OB_INLINE vf vf_add_uniform(vf v, vi r) { return vf_add(v, vf_mul(vi_to_f32(vi_srl(r, 8)), vf_set1(0x1p-24f))); }
 /* clang-format on */

@@ -47,14 +47,15 @@ vf_max(vf a, vf b)
     return _mm512_max_ps(a, b);
 }
 OB_INLINE vf
-vf_rint(vf a)
-{
-    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-OB_INLINE vf
 vf_clip(vf a, vf limit)
 {
     return _mm512_range_ps(a, limit, 2); /* the smaller magnitude, with the sign of a */
+}
+OB_INLINE vf
+vf_one_nan(vf a)
+{
+    __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    return _mm512_mask_mov_ps(a, nan, _mm512_castsi512_ps(_mm512_set1_epi32(0x7FC00000)));
 }
 OB_INLINE vf
 vf_add_uniform(vf v, vi r)
@@ -116,6 +117,7 @@ OB_INLINE int32_t vi_hmax(vi a) { return _mm512_reduce_max_epi32(a); }
 OB_INLINE int32_t vi_sum(vi a) { return _mm512_reduce_add_epi32(a); }
 OB_INLINE vf vi_to_f32(vi a) { return _mm512_cvtepi32_ps(a); }
 OB_INLINE vi vi_from_f32(vf a) { return _mm512_cvttps_epi32(a); }
+OB_INLINE vi vi_rint(vf a) { return _mm512_cvt_roundps_epi32(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 OB_INLINE vi vi_floor(vf a) { return _mm512_cvt_roundps_epi32(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 OB_INLINE vi vi_add_where(vi sum, vi a, vi x, vi mask) { return _mm512_mask_add_epi32(sum, _mm512_test_epi32_mask(x, mask), sum, a); }
 OB_INLINE vi vi_sub_unless(vi sum, vi a, vi x, vi mask) { return _mm512_mask_sub_epi32(sum, _mm512_testn_epi32_mask(x, mask), sum, a); }

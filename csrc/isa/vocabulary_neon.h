@@ -28,6 +28,7 @@ OB_INLINE int32x4_t sll4(int32x4_t x, int n) { return as_signed(as_unsigned(x) <
 OB_INLINE int32x4_t srlv4(int32x4_t x, int32x4_t n) { return as_signed(vshlq_u32(as_unsigned(x), vnegq_s32(n))); }
 OB_INLINE int32x4_t andnot4(int32x4_t mask, int32x4_t x) { return vbicq_s32(x, mask); }
 OB_INLINE float32x4_t clip4(float32x4_t x, float32x4_t limit) { return vmaxnmq_f32(vminnmq_f32(x, limit), vnegq_f32(limit)); }
+OB_INLINE float32x4_t one_nan4(float32x4_t x) { return vbslq_f32(vceqq_f32(x, x), x, vreinterpretq_f32_u32(vdupq_n_u32(0x7FC00000u))); }
 OB_INLINE int32x4_t set4(int32x4_t x, int32x4_t mask) { return as_signed(vtstq_s32(x, mask)); }
 
 OB_INLINE vf vf_load(const float *p) { return (vf){vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}; }
@@ -37,8 +38,8 @@ OB_INLINE vf vf_add(vf x, vf y) { return V2(vf, vaddq_f32, x, y); }
 OB_INLINE vf vf_mul(vf x, vf y) { return V2(vf, vmulq_f32, x, y); }
 OB_INLINE vf vf_min(vf x, vf y) { return V2(vf, vminnmq_f32, x, y); }
 OB_INLINE vf vf_max(vf x, vf y) { return V2(vf, vmaxnmq_f32, x, y); }
-OB_INLINE vf vf_rint(vf x) { return V1(vf, vrndnq_f32, x); }
 OB_INLINE vf vf_clip(vf x, vf limit) { return V2(vf, clip4, x, limit); }
+OB_INLINE vf vf_one_nan(vf x) { return V1(vf, one_nan4, x); }
 OB_INLINE vf vf_bits(vi x) { return V1(vf, vreinterpretq_f32_s32, x); }
 OB_INLINE vi vf_to_bits(vf x) { return V1(vi, vreinterpretq_s32_f32, x); }
 
@@ -60,6 +61,7 @@ OB_INLINE vi vi_srlv(vi x, vi n) { return V2(vi, srlv4, x, n); }
 OB_INLINE vi vi_max(vi x, vi y) { return V2(vi, vmaxq_s32, x, y); }
 OB_INLINE vf vi_to_f32(vi x) { return V1(vf, vcvtq_f32_s32, x); }
 OB_INLINE vi vi_from_f32(vf x) { return V1(vi, vcvtq_s32_f32, x); }
+OB_INLINE vi vi_rint(vf x) { return V1(vi, vcvtnq_s32_f32, x); }
 OB_INLINE vi vi_floor(vf x) { return V1(vi, vcvtmq_s32_f32, x); }
 OB_INLINE vf vf_add_uniform(vf v, vi r) { return vf_add(v, vf_mul(vi_to_f32(vi_srl(r, 8)), vf_set1(0x1p-24f))); }
 OB_INLINE vi vi_add_where(vi sum, vi a, vi x, vi mask) { return vi_add(sum, vi_and(V2(vi, set4, x, mask), a)); }

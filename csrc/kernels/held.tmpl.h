@@ -11,7 +11,7 @@ hold_row(const ob_vote_strip *s, size_t i, size_t n, const vf *u)
     vf high = vf_set1(32767.0f), low = vf_set1(-32767.0f);
     for (size_t v = 0; v < STRIP_VECTORS && v * LANES < s->columns; v++) {
         size_t count = OB_MIN(s->columns - v * LANES, (size_t)LANES);
-        vi r = turned_lanes(random_of(s, i), v);
+        vi r = number_lanes(random_of(s, i), v);
         vi d = vi_floor(vf_add_uniform(vf_mul(u[v], vf_set1(OB_VOTE_UNITS)), r));
         vf sum = vi_to_f32(vi_add(load_words(held + v * LANES, count), d)); /* whole: exact */
         store_words(held + v * LANES, count, vi_from_f32(vf_max(vf_min(sum, high), low)));

@@ -34,7 +34,7 @@ typedef struct ob_vote_strip {
     const uint32_t *sign;   /* (64,) sketch sign bits */
     const uint32_t *random; /* (rows,) the number of column 0 of a row, of the rule's stream */
     float step;             /* -units * eta * guard */
-    float clip;             /* of u; without momentum |step * clip| < 2^20, a dead zone aside */
+    float clip; /* of u; |step * clip| < 2^20, a dead zone aside, where u goes into a residual */
     /* momentum: m = beta1 * m + one_minus_beta1 * u; beta1 = 1 after the first micro-batch */
     float beta1, one_minus_beta1;
     int votes;                /* 0: measure only */

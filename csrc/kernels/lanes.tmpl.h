@@ -3,7 +3,7 @@
 #define LANES 16
 #define STRIP_VECTORS (OB_STRIP / LANES)
 
-static const float OB_NAN_CANONICAL = __builtin_nanf("");
+static const float OB_NAN_CANONICAL = __builtin_nanf(""); /* 0x7FC00000 */
 
 OB_INLINE float
 float_of_bits(uint32_t bits)
@@ -41,15 +41,6 @@ absolute_bits(vf v)
     return vi_and(vf_to_bits(v), vi_set1(0x7FFFFFFF));
 }
 
-/* Every NaN becomes 0x7FC00000: sign and payload depend on the machine and on the order of operands. */
-OB_INLINE vf
-canonical_nan(vf v)
-{
-    /* all ones where the magnitude is > 0x7F800000: the difference is negative exactly for NaN */
-    vi nan = vi_sra(vi_sub(vi_set1(0x7F800000), absolute_bits(v)), 31);
-    return vf_bits(vi_or(vi_and(nan, vi_set1(0x7FC00000)), vi_andnot(nan, vf_to_bits(v))));
-}
-
 /* float32 without other NaN than the canonical -> bfloat16 bits in the low half of each lane: nearest, half to even. */
 OB_INLINE vi
 bf16_lanes(vf v)
@@ -61,7 +52,7 @@ bf16_lanes(vf v)
 OB_INLINE void
 store_lanes(ob_dtype dt, void *row, size_t i, size_t n, vf v)
 {
-    v = canonical_nan(v);
+    v = vf_one_nan(v);
     if (dt == OB_F32) {
         float *p = (float *)row + i;
         if (n - i >= LANES) {
@@ -83,9 +74,9 @@ store_lanes(ob_dtype dt, void *row, size_t i, size_t n, vf v)
     memcpy(p, tail, (n - i) * sizeof *p);
 }
 
-/* ob_rng_turned of columns 16v .. 16v + 15; a constant v costs nothing. */
+/* ob_rng_number of columns 16v .. 16v + 15; a constant v costs nothing. */
 OB_INLINE vi
-turned_lanes(uint32_t first, size_t v)
+number_lanes(uint32_t first, size_t v)
 {
     vi column = vi_add(vi_iota(), vi_set1((int32_t)(LANES * v)));
     return vi_add(vi_mul(column, vi_set1((int32_t)OB_RNG_SQRT2)), vi_set1((int32_t)first));
@@ -95,7 +86,7 @@ turned_lanes(uint32_t first, size_t v)
 OB_INLINE uint32_t
 random_of(const ob_vote_strip *s, size_t i)
 {
-    return ob_rng_turned(s->random[i], (uint32_t)(s->strip * OB_STRIP));
+    return ob_rng_number(s->random[i], (uint32_t)(s->strip * OB_STRIP));
 }
 
 /* SR(v) = clamp(floor(v + r * 2^-32), +-limit); a whole limit may come first */

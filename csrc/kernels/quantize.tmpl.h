@@ -15,7 +15,7 @@ row_absmax(ob_dtype dt, size_t n, const void *row, const float *s, size_t s_len)
     return (uint32_t)vi_hmax(top);
 }
 
-/* x (K,) -> q (padded K,) = clamp(rint(x * (127/a)), +-127), a = max(absmax, 1e-5); *scale = a/127 */
+/* x (K,) -> q (padded K,) = rint(x * (127/a)) within +-127, a = max(absmax, 1e-5); *scale = a/127 */
 OB_INLINE void
 quantize_row_body(ob_dtype dt, size_t k, const void *x, int8_t *q, float *scale, int32_t *sum)
 {
@@ -27,11 +27,11 @@ quantize_row_body(ob_dtype dt, size_t k, const void *x, int8_t *q, float *scale,
         return;
     }
     float a = float_of_bits(absmax) > 1e-5f ? float_of_bits(absmax) : 1e-5f;
-    vf inverse = vf_set1(127.0f / a), high = vf_set1(127.0f), low = vf_set1(-127.0f);
+    vf inverse = vf_set1(127.0f / a);
     vi total = vi_set1(0);
     for (size_t i = 0; i < k; i += LANES) {
-        vf v = vf_rint(vf_mul(load_lanes(dt, x, i, k), inverse));
-        vi code = vi_from_f32(vf_max(vf_min(v, high), low));
+        vi code =
+            vi_rint(vf_mul(load_lanes(dt, x, i, k), inverse)); /* 127 and two roundings at most */
         total = vi_add(total, code);
         vi_store_i8(q + i, code);
     }
@@ -53,7 +53,7 @@ quantize_row_sr_body(ob_dtype dt, size_t n, const void *dy, const float *s, size
         return bits >= 0x7F800000u;
     }
     vf inverse = vf_set1(127.0f / absmax), tensor_scale = vf_set1(*s);
-    vi total = vi_set1(0), r = turned_lanes(random, 0);
+    vi total = vi_set1(0), r = number_lanes(random, 0);
     for (size_t i = 0; i < n; i += LANES) {
         vf g = vf_mul(load_lanes(dt, dy, i, n),
                       s_len == 1 ? tensor_scale : load_lanes(OB_F32, s, i, n));
@@ -110,12 +110,12 @@ quantize_columns_sr_body(ob_dtype dt, size_t m, size_t columns, const void *dy, 
         total[v] = vi_set1(0);
     }
     for (size_t t0 = 0; t0 < ldq; t0 += LANES) {
-        int8_t tile[LANES][OB_STRIP] = {{0}}, turned[LANES][LANES];
+        int8_t tile[LANES][OB_STRIP] = {{0}}, transposed[LANES][LANES];
         size_t tokens = t0 < m ? OB_MIN(m - t0, (size_t)LANES) : 0;
         for (size_t t = 0; t < tokens; t++) {
             const char *row = (const char *)dy + (t0 + t) * ld * (dt == OB_F32 ? 4 : 2);
             vf scale = vf_set1(sx[t0 + t]);
-            vi token = vi_set1((int32_t)ob_rng_turned(0, (uint32_t)(t0 + t)));
+            vi token = vi_set1((int32_t)ob_rng_number(0, (uint32_t)(t0 + t)));
             for (size_t v = 0; v < STRIP_VECTORS && v * LANES < columns; v++) {
                 vf h = vf_mul(load_lanes(dt, row, v * LANES, columns), scale);
                 vi r = vi_add(token, vi_load(first + v * LANES));
@@ -125,14 +125,14 @@ quantize_columns_sr_body(ob_dtype dt, size_t m, size_t columns, const void *dy, 
             }
         }
         for (size_t v = 0; v * LANES < columns; v++) {
-            v_transpose16(tile[0] + v * LANES, OB_STRIP, turned[0]);
+            v_transpose16(tile[0] + v * LANES, OB_STRIP, transposed[0]);
             for (size_t j = 0; j < LANES && v * LANES + j < columns; j++) {
                 int8_t *out = q + (v * LANES + j) * ldq + t0;
                 if (ldq - t0 >= LANES) {
-                    memcpy(out, turned[j], LANES);
+                    memcpy(out, transposed[j], LANES);
                 }
                 else {
-                    memcpy(out, turned[j], ldq - t0);
+                    memcpy(out, transposed[j], ldq - t0);
                 }
             }
         }

@@ -2,9 +2,10 @@
 
 OB_INLINE void
 store_rows_body(ob_dtype dt, size_t rows, size_t columns, const ob_acc *acc, const float *row_scale,
-                const float *s, size_t s_len, const float *bias, char *out, size_t row_bytes)
+                const float *s, size_t s_len, const float *bias, void *out, size_t ld)
 {
     for (size_t r = 0; r < rows; r++) {
+        char *row = (char *)out + r * ld * (dt == OB_F32 ? sizeof(float) : sizeof(uint16_t));
         vf scale = vf_set1(row_scale[r]);
         vf common = s && s_len == 1 ? vf_mul(scale, vf_set1(*s)) : scale;
         for (size_t j = 0; j < columns; j += LANES) {
@@ -13,7 +14,7 @@ store_rows_body(ob_dtype dt, size_t rows, size_t columns, const ob_acc *acc, con
             if (bias) {
                 y = vf_add(y, load_lanes(OB_F32, bias, j, columns));
             }
-            store_lanes(dt, out + r * row_bytes, j, columns, y);
+            store_lanes(dt, row, j, columns, y);
         }
     }
 }
@@ -22,12 +23,13 @@ static void
 store_rows(ob_dtype dt, size_t rows, size_t columns, const ob_acc *acc, const float *row_scale,
            const float *s, size_t s_len, const float *bias, void *out, size_t ld)
 {
-    if (dt == OB_F32) {
-        store_rows_body(OB_F32, rows, columns, acc, row_scale, s, s_len, bias, out,
-                        ld * sizeof(float));
+    if (columns < OB_STRIP) {
+        store_rows_body(dt, rows, columns, acc, row_scale, s, s_len, bias, out, ld);
+    }
+    else if (dt == OB_F32) {
+        store_rows_body(OB_F32, rows, OB_STRIP, acc, row_scale, s, s_len, bias, out, ld);
     }
     else {
-        store_rows_body(OB_BF16, rows, columns, acc, row_scale, s, s_len, bias, out,
-                        ld * sizeof(uint16_t));
+        store_rows_body(OB_BF16, rows, OB_STRIP, acc, row_scale, s, s_len, bias, out, ld);
     }
 }

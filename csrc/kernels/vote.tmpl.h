@@ -1,16 +1,15 @@
 /* vote.tmpl.h - a tile of dW = hq^T . xq, still in cache, becomes votes and by-products; dW is never stored.
  *
  *   g = float(acc) * g_scale_n                sums of g^2 by row and column, sketch sum of t_k g
- *   u = clamp((float(acc) * a_n) * c_k, +-clip)      handed to the rule's vote_row, 64 columns of one row
+ *   u = clamp((float(acc) * a_n) * c_k, +-clip)   handed to the rule's vote_row, 64 columns of one row
  *   row_code += sum_k T_nk acc_nk             the scale's gradient, exact int64
  *
  * A rule <name> defines (i: a row's index among those that own planes, n: among all outputs)
  *   vote_row_<name>(strip, i, n, u)    what a vote of 64 columns does in the backward; returns codes moved
  *   step_row_<name>(row)               what step() does with a row; returns codes moved */
 
-enum {
-    NARROW_TOKENS = 2048
-}; /* 64 columns of so many tokens, 64 * 2048 * 127^2, add up to less than 2^31 */
+/* 64 columns of so many tokens add up to less than 2^31: 64 * 2048 * 127^2 */
+enum { NARROW_TOKENS = 2048 };
 
 OB_INLINE int64_t
 code_dot(const ob_vote_strip *s, size_t n, const int32_t *acc)

@@ -235,8 +235,8 @@ move_codes(size_t n, size_t k, uint8_t *packed, ob_planes *planes, float *rho, u
                    .stride = ob_row_stride(planes),
                    .packed = packed,
                    .planes = planes,
-                   .key = ob_control_turned_key(control, OB_STREAM_MOMENTUM_STEP),
-                   .cast_key = ob_control_turned_key(control, OB_STREAM_CAST),
+                   .key = ob_control_stepwise_key(control, OB_STREAM_MOMENTUM_STEP),
+                   .cast_key = ob_control_stepwise_key(control, OB_STREAM_CAST),
                    .turn = ob_control_turn(control, 0.0),
                    .step = ob_control_step(planes->rule, control)};
     float *scratch = planes->votes ? open_votes(&f) : NULL;

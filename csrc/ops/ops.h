@@ -33,9 +33,9 @@ ob_control_key(const double *control, double micro, enum ob_stream stream)
                       (uint64_t)micro, stream);
 }
 
-/* Of the streams that turn (base/rng.h): step and micro-batch are in ob_control_turn alone. */
+/* Of the streams that write one weight step by step (base/rng.h): step and micro-batch are in ob_control_turn alone. */
 OB_INLINE uint64_t
-ob_control_turned_key(const double *control, enum ob_stream stream)
+ob_control_stepwise_key(const double *control, enum ob_stream stream)
 {
     return ob_rng_key((uint64_t)control[OB_CTL_SEED], (uint64_t)control[OB_CTL_LAYER], 0, 0,
                       stream);

@@ -37,8 +37,8 @@ average_task(void *arg, size_t task, size_t thread)
             row = (c->first + i) / c->columns;
             random = ob_rng_first(c->key, c->row_first + c->row_stride * row, 0);
         }
-        uint64_t draw = ob_rng_turned(random, (uint32_t)((c->first + i) % c->columns));
-        sum += (int32_t)(draw * c->ranks >> 32);
+        uint64_t number = ob_rng_number(random, (uint32_t)((c->first + i) % c->columns));
+        sum += (int32_t)(number * c->ranks >> 32);
         int32_t mean = sum / ranks - (sum % ranks < 0); /* floor */
         if (c->bytes == 1) {
             ((int8_t *)c->mean)[i] = (int8_t)mean;

@@ -128,7 +128,7 @@ prepare_votes(vote_call *v)
         enum ob_stream stream = !v->planes->votes && ob_rule_momentum_bits(v->planes->rule)
                                     ? OB_STREAM_MOMENTUM
                                     : OB_STREAM_VOTE;
-        key = ob_control_turned_key(v->control, stream);
+        key = ob_control_stepwise_key(v->control, stream);
         turn = ob_control_turn(v->control, (double)v->micro);
     }
     for (size_t i = 0; i < v->rows; i++) {

@@ -157,7 +157,7 @@ ob_ref_first(uint64_t key, uint64_t row)
 
 /* The same of a rounding that writes a plane: one for each weight, turned by step and micro-batch. */
 OB_INLINE uint32_t
-ob_ref_turned_first(const double *control, uint64_t micro, enum ob_stream stream, size_t output)
+ob_ref_stepwise_first(const double *control, uint64_t micro, enum ob_stream stream, size_t output)
 {
     uint64_t key =
         ob_rng_key((uint64_t)control[OB_CTL_SEED], (uint64_t)control[OB_CTL_LAYER], 0, 0, stream);

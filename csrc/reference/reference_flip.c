@@ -120,7 +120,7 @@ cast_row(size_t inputs, size_t i, uint8_t *packed, ob_planes *planes, float *u)
 {
     uint64_t moved = 0;
     uint32_t random =
-        ob_ref_turned_first(planes->control, 0, OB_STREAM_CAST, ob_ref_output(planes, i));
+        ob_ref_stepwise_first(planes->control, 0, OB_STREAM_CAST, ob_ref_output(planes, i));
     float clip = (float)planes->control[OB_CTL_CLIP];
     for (size_t k = 0; k < inputs; k++) {
         u[k] = fmaxf(-clip, fminf(clip, held(planes, inputs, i, k)));
@@ -142,8 +142,8 @@ step_row(size_t inputs, size_t i, uint8_t *packed, ob_planes *planes)
 {
     int bits = ob_rule_momentum_bits(planes->rule);
     uint64_t moved = 0;
-    uint32_t random =
-        ob_ref_turned_first(planes->control, 0, OB_STREAM_MOMENTUM_STEP, ob_ref_output(planes, i));
+    uint32_t random = ob_ref_stepwise_first(planes->control, 0, OB_STREAM_MOMENTUM_STEP,
+                                            ob_ref_output(planes, i));
     size_t blocks = OB_CEIL_DIV(inputs, 64);
     for (size_t k = 0; k < inputs; k++) {
         if (bits > 0) {

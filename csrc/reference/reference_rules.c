@@ -106,7 +106,7 @@ ob_ref_vote_momentum(size_t inputs, const float *u, uint64_t micro, enum ob_stre
                      ob_planes *planes)
 {
     const double *control = planes->control;
-    uint32_t random = ob_ref_turned_first(control, micro, stream, ob_ref_output(planes, i));
+    uint32_t random = ob_ref_stepwise_first(control, micro, stream, ob_ref_output(planes, i));
     float beta1 = micro == 0 ? (float)control[OB_CTL_BETA1] : 1.0f;
     float share = (float)(1.0 - control[OB_CTL_BETA1]);
     int bits = ob_rule_momentum_bits(planes->rule);

@@ -177,7 +177,7 @@ static void
 vote_residual(size_t inputs, const float *u, const micro_batch *b, size_t i, ob_planes *planes)
 {
     uint32_t random =
-        ob_ref_turned_first(b->control, b->micro, OB_STREAM_VOTE, ob_ref_output(planes, i));
+        ob_ref_stepwise_first(b->control, b->micro, OB_STREAM_VOTE, ob_ref_output(planes, i));
     for (size_t k = 0; k < inputs; k++) {
         planes->control[OB_CTL_VOTE_MOVED] +=
             ob_ref_apply(planes, planes->codes, inputs, i, k, u[k], random);
@@ -189,7 +189,7 @@ static void
 hold_votes(size_t inputs, const float *u, const micro_batch *b, size_t i, ob_planes *planes)
 {
     uint32_t random =
-        ob_ref_turned_first(b->control, b->micro, OB_STREAM_VOTE, ob_ref_output(planes, i));
+        ob_ref_stepwise_first(b->control, b->micro, OB_STREAM_VOTE, ob_ref_output(planes, i));
     for (size_t k = 0; k < inputs; k++) {
         int16_t *held = &planes->votes[i * inputs + k];
         int vote = ob_ref_round(u[k] * 1024.0f, random, k, 40000.0f);

@@ -124,7 +124,11 @@ def using(threads: int | None = None, isa: str | None = None) -> Iterator[None]:
 
 
 class Layer:
-    """One ternary layer's arrays, allocated once; `copies` planes of codes to cycle through."""
+    """One ternary layer's arrays, allocated once; `copies` planes of codes to cycle through.
+
+    Gradients of both signs take turns in `step`, so that residuals stay where those of a training layer are, and half a
+    percent of the codes move: one gradient alone would drive every residual beyond its threshold.
+    """
 
     def __init__(self, n: int, k: int, m: int, copies: int = 1) -> None:
         self.n, self.k, self.m, self.copies = n, k, m, copies
@@ -141,7 +145,9 @@ class Layer:
         self.y, self.dx = ob.empty((m, n), np.float32), ob.empty((m, k), np.float32)
         self.xq, self.sx = ob.empty((m, (k + 15) // 16 * 16), np.int8), ob.empty((m,), np.float32)
         self.ds = np.zeros(1, np.float32)
-        self.planes = ob.new_planes(n, k, scale_init=0.02)
+        self.opposite = -self.dy
+        self.planes = ob.new_planes(n, k, eta=0.015, scale_init=0.02)
+        self.residuals = generator.integers(-64, 65, (n, k), dtype=np.int8)
         self.control = self.planes["control"]
 
     def forward(self) -> None:
@@ -159,10 +165,12 @@ class Layer:
         self.backward_input()
         self.vote()
         ob.flip(self.packed[0], self.planes)
+        self.dy, self.opposite = self.opposite, self.dy
 
     def start(self) -> Layer:
         """The first step only measures: take it, so that the next ones vote."""
         self.step()
+        self.planes["residual"][...] = self.residuals
         self.step()
         return self
 

@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=integer(8, 1 << 20), default=512, help="tokens per window (512)")
     parser.add_argument("--lr", type=_positive, default=0.03, help="of the codes, in cells per step (0.03)")
     parser.add_argument("--float-lr", type=_positive, default=1e-4, help="of embeddings, norms, head (1e-4)")
-    parser.add_argument("--scale-lr", type=_positive, default=1e-4, help="of the layers' scales, relative (1e-4)")
+    parser.add_argument("--scale-lr", type=_positive, default=2e-3, help="of the layers' scales, relative (2e-3)")
     parser.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, help="of order and rounding (0)")
     parser.add_argument("--recompute", action="store_true", help="recompute activations: less memory, a third slower")
     parser.add_argument("--save-every", type=integer(1, 10**9), metavar="N", help="checkpoint each N steps")
@@ -162,7 +162,7 @@ def make_trainer(
             packing_strategy="wrapped", eval_packing=plain,
             num_train_epochs=args.epochs, max_steps=args.steps or -1, per_device_train_batch_size=args.batch,
             per_device_eval_batch_size=args.batch, gradient_accumulation_steps=args.accumulate, warmup_steps=0.05,
-            lr_scheduler_type="cosine", gradient_checkpointing=args.recompute, bf16=False, seed=args.seed, use_cpu=True,
+            lr_scheduler_type="linear", gradient_checkpointing=args.recompute, bf16=False, seed=args.seed, use_cpu=True,
             logging_steps=1, save_strategy="steps" if args.save_every else "no", save_steps=args.save_every or 500,
             save_total_limit=2, report_to=[], disable_tqdm=True,
         )  # fmt: skip

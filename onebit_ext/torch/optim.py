@@ -55,7 +55,7 @@ class FlipOptimizer(torch.optim.Optimizer):
         residual_bits (16, 8, 4, 2), momentum_bits (0, 4, 8): override the recipe's.
         rule: a name of `onebit_ext.RULES` instead of bits.
         stripes, stripe_steps: block-cyclic training.  Only the rows n % stripes == stripe are in training and have
-            planes; after stripe_steps steps of a layer the next stripe's turn comes.  None: `wsd_schedule` sets it.
+            planes; after stripe_steps steps of a layer the next stripe's turn comes.  None: a schedule of ours sets it.
         flip_rate_cap: share of codes a layer may flip per step before the guard slows it; None: 2.5 %; 0: no guard.
             With one, an lr beyond .06 counts as .06.
         seed: of all stochastic rounding.
@@ -258,7 +258,7 @@ class FlipOptimizer(torch.optim.Optimizer):
                     "(load_state_dict(assign=True)?) or another optimizer took the layer"
                 )
         if any(group["stripe_steps"] is None for group in self._codes_groups()) and self.stripes > 1:
-            raise RuntimeError(f"FlipOptimizer: stripes={self.stripes} needs stripe_steps, or wsd_schedule")
+            raise RuntimeError(f"FlipOptimizer: stripes={self.stripes} needs stripe_steps, or a schedule of ours")
 
     @staticmethod
     def _linked(layer: BitLinear, state: dict[str, Any]) -> bool:

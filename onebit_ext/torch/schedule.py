@@ -27,7 +27,7 @@ def cosine(step: int, steps: int, warmup: float = WARMUP) -> float:
 def linear(step: int, steps: int, warmup: float = WARMUP) -> float:
     """Rises as `cosine`, then falls linearly to 0 at `steps`."""
     fall = (steps - step) / max((1 - warmup) * steps, 1.0)
-    return min(_rise(step, steps, warmup), 1.0, max(0.0, fall))
+    return min(_rise(step, steps, warmup), max(0.0, fall))
 
 
 def wsd(step: int, steps: int, warmup: float = WARMUP) -> float:
@@ -70,7 +70,7 @@ def wsd_schedule(
 def scheduled(
     name: str, optimizer: torch.optim.Optimizer, steps: int, warmup: float = WARMUP
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """One of SHAPES."""
+    """The schedule SHAPES[name] on every param group."""
     if steps < 1 or not 0 <= warmup <= 1:
         raise ValueError(f"{name}_schedule: 'steps' must be at least 1, 'warmup' in [0, 1], got {steps!r}, {warmup!r}")
     stripes, (shape, others) = getattr(optimizer, "stripes", 1), SHAPES[name]

@@ -32,7 +32,7 @@ def prepare(
     method: str = "residual",
     lr: float | None = None,
     float_lr: float = 1e-3,
-    scale_lr: float = 1e-4,
+    scale_lr: float = 2e-3,
     skip: Sequence[str] = ("lm_head",),
     recipe: str | None = None,
     residual_bits: int | None = None,

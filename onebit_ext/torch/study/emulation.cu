@@ -115,7 +115,7 @@ mix(uint64_t x)
 
 /* The number at column 0 of a row, 24 bits. */
 DEVICE uint32_t
-at_row(const double *control, int stream, int64_t row)
+first_number(const double *control, int stream, int64_t row)
 {
     uint64_t key;
     memcpy(&key, control + KEYS + stream, 8);
@@ -220,7 +220,7 @@ round_tokens(int64_t i, const arguments *a)
     const double *control = (const double *)a->p[5];
     int64_t outputs = a->n[0], bf16 = a->n[1], m = part(i, outputs / 8);
     float top = absmax[m] * *s, inverse = top < TINY ? 0.0f : 127.0f / top;
-    uint32_t random = at_row(control, INPUT_GRAD, m);
+    uint32_t random = first_number(control, INPUT_GRAD, m);
     for (int64_t j = i * 8; j < i * 8 + 8; j++) {
         float v = (load(dy, j, bf16) * *s) * inverse;
         codes[j] = top < TINY ? (int8_t)0 : (int8_t)round_within(v, uniform(random, j - m * outputs), 127.0f);
@@ -258,7 +258,7 @@ round_outputs(int64_t i, const arguments *a)
     int64_t tokens = a->n[0], outputs = a->n[1], bf16 = a->n[2], rows = a->n[3], row = rest(i, rows);
     int64_t n = (int64_t)control[STRIPE] + (int64_t)control[STRIPES] * row, first = part(i, rows) * TOKENS;
     float top = float_of(((const uint32_t *)a->p[2])[row]), inverse = top < TINY ? 0.0f : 127.0f / top;
-    uint32_t random = at_row(control, WEIGHT_GRAD, n);
+    uint32_t random = first_number(control, WEIGHT_GRAD, n);
     sixteen codes;
     for (int j = 0; j < TOKENS; j++) {
         float v = (load(a->p[0], (first + j) * outputs + n, bf16) * sx[first + j]) * inverse;
@@ -377,7 +377,7 @@ vote_strip(int64_t i, const arguments *a)
     if (momentum_bits) {
         float keep = (float)control[BETA1], take = (float)(1.0 - control[BETA1]), old = momentum_scale[i], top = 0.0f;
         float most = momentum_bits == 8 ? 127.0f : 7.0f;
-        uint32_t random = at_row(control, MOMENTUM, s.n);
+        uint32_t random = first_number(control, MOMENTUM, s.n);
         for (int j = 0; j < STRIP; j++) {
             u[j] = keep * ((float)momentum[s.at + j] * old) + take * u[j];
             top = fmaxf(top, fabsf(u[j]));
@@ -390,7 +390,7 @@ vote_strip(int64_t i, const arguments *a)
             u[j] = code * now;
         }
     }
-    uint32_t random = at_row(control, momentum_bits ? MOMENTUM_STEP : VOTE, s.n);
+    uint32_t random = first_number(control, momentum_bits ? MOMENTUM_STEP : VOTE, s.n);
     float zone = (float)a->n[6] * 0.5f;
     for (int j = 0; j < STRIP; j++) {
         float beyond = fmaxf(u[j] - zone, 0.0f) + fminf(u[j] + zone, 0.0f);

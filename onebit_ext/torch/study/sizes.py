@@ -34,6 +34,7 @@ class Size:
     seeds: int
     all_packages: bool  # texts of everything installed (site_text.py), or those of tools.text
     student: tuple[int, int]  # outputs and inputs of the layer that meets a teacher
+    scale_lr: float = 2e-3  # relative to the first scale
 
 
 SIZES = {

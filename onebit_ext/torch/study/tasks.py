@@ -23,13 +23,13 @@ class Task(ABC):
 
     unit = "nats/byte"
     scratch = False  # from random weights; otherwise there is a start to gain from
-    scale_lr = 2e-3  # relative to the first scale
 
     def __init__(self, name: str, size: Size) -> None:
         self.name, self.size = name, size
         budget = size.budgets[name]
         self.steps, self.batch, self.eta, self.schedule = budget.steps, budget.batch, budget.eta, budget.schedule
         self.float_lr = size.float_lr if self.scratch else size.float_lr / 4
+        self.scale_lr = size.scale_lr
 
     @abstractmethod
     def new_model(self, seed: int) -> Any:
@@ -219,11 +219,12 @@ class Teaching(Task):
     distance is the variance sigma^2 that rounding put into T + e.
     """
 
-    unit, scale_lr = "relative error", 0.0
+    unit = "relative error"
     NOISE, REDRAWN = 1.0, 0.2  # noise: relative to the output's standard deviation
 
     def __init__(self, name: str, size: Size) -> None:
         super().__init__(name, size)
+        self.scale_lr = 0.0
         outputs, inputs = size.student
         drawn = generator(4321)
         self.codes = torch.randint(-1, 2, (outputs, inputs), generator=drawn).float()
