@@ -18,6 +18,12 @@
 
 typedef int32_t ob_acc[OB_STRIP]; /* one row of a tile */
 
+OB_INLINE size_t
+ob_dtype_bytes(ob_dtype dt)
+{
+    return dt == OB_F32 ? 4 : 2;
+}
+
 /* One strip of 64 input columns k0..k0+63 of the weight side of a layer's backward; constant over its tiles.
  * Rows i = 0.. are the outputs that own planes; row i is output row_first + row_stride * i (block-cyclic training). */
 typedef struct ob_vote_strip {

@@ -74,7 +74,7 @@ column_absmax_body(ob_dtype dt, size_t m, size_t columns, const char *dy, size_t
 {
     vi top[STRIP_VECTORS];
     vf total[STRIP_VECTORS];
-    size_t bytes = columns * (dt == OB_F32 ? sizeof(float) : sizeof(uint16_t));
+    size_t bytes = columns * ob_dtype_bytes(dt);
     for (size_t v = 0; v < STRIP_VECTORS; v++) {
         top[v] = vi_set1(0), total[v] = vf_set1(0.0f);
     }
@@ -113,7 +113,7 @@ quantize_columns_sr_body(ob_dtype dt, size_t m, size_t columns, const void *dy, 
         int8_t tile[LANES][OB_STRIP] = {{0}}, transposed[LANES][LANES];
         size_t tokens = t0 < m ? OB_MIN(m - t0, (size_t)LANES) : 0;
         for (size_t t = 0; t < tokens; t++) {
-            const char *row = (const char *)dy + (t0 + t) * ld * (dt == OB_F32 ? 4 : 2);
+            const char *row = (const char *)dy + (t0 + t) * ld * ob_dtype_bytes(dt);
             vf scale = vf_set1(sx[t0 + t]);
             vi token = vi_set1((int32_t)ob_rng_number(0, (uint32_t)(t0 + t)));
             for (size_t v = 0; v < STRIP_VECTORS && v * LANES < columns; v++) {

@@ -5,7 +5,7 @@ store_rows_body(ob_dtype dt, size_t rows, size_t columns, const ob_acc *acc, con
                 const float *s, size_t s_len, const float *bias, void *out, size_t ld)
 {
     for (size_t r = 0; r < rows; r++) {
-        char *row = (char *)out + r * ld * (dt == OB_F32 ? sizeof(float) : sizeof(uint16_t));
+        char *row = (char *)out + r * ld * ob_dtype_bytes(dt);
         vf scale = vf_set1(row_scale[r]);
         vf common = s && s_len == 1 ? vf_mul(scale, vf_set1(*s)) : scale;
         for (size_t j = 0; j < columns; j += LANES) {

@@ -47,7 +47,7 @@ cast_votes(const flip_call *f, const ob_flip_row *row, size_t i, size_t task)
                 .k_steps = row->k_steps,
                 .random = &random,
                 .step = f->step,
-                .clip = ob_control_clip(p->rule, p->control),
+                .clip = ob_control_clip(p->rule, p->control, f->step),
                 .beta1 = (float)p->control[OB_CTL_BETA1],
                 .one_minus_beta1 = (float)(1.0 - p->control[OB_CTL_BETA1]),
                 .residual = row->residual,

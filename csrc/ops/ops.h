@@ -5,12 +5,6 @@
 #include "../base/rng.h"
 #include "../onebit.h"
 
-OB_INLINE size_t
-ob_dtype_bytes(ob_dtype dt)
-{
-    return dt == OB_F32 ? 4 : 2;
-}
-
 /* The domain that every operation shares: K within int32's reach, a scale per tensor or per row, tile16 (or `also`). */
 OB_INLINE ob_status
 ob_check_weights(const ob_weights *w, ob_format_id also)
@@ -58,10 +52,9 @@ ob_control_step(ob_rule rule, const double *control)
 
 /* What u is clipped at: CLIP, but no more than what saturates a residual anyway, so that |step * u| stays below 2^20 */
 OB_INLINE float
-ob_control_clip(ob_rule rule, const double *control)
+ob_control_clip(ob_rule rule, const double *control, float step)
 {
-    float clip = (float)control[OB_CTL_CLIP], step = ob_control_step(rule, control);
-    float enough = 0x1p19f / -step + ob_rule_dead_zone(rule);
+    float clip = (float)control[OB_CTL_CLIP], enough = 0x1p19f / -step + ob_rule_dead_zone(rule);
     return ob_rule_momentum_bits(rule) || clip < enough ? clip : enough;
 }
 

@@ -93,7 +93,7 @@ vote_strip(void *arg, size_t task, size_t thread)
         strip.votes = control[OB_CTL_STEP] > 0;
         strip.step = ob_control_step(rule, control);
         strip.held = v->planes->votes;
-        strip.clip = strip.held ? (float)OB_VOTE_LIMIT : ob_control_clip(rule, control);
+        strip.clip = strip.held ? (float)OB_VOTE_LIMIT : ob_control_clip(rule, control, strip.step);
         strip.beta1 = v->micro == 0 ? (float)control[OB_CTL_BETA1] : 1.0f;
         strip.one_minus_beta1 = (float)(1.0 - control[OB_CTL_BETA1]);
         strip.residual = v->planes->residual;

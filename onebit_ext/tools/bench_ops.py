@@ -147,7 +147,7 @@ class Layer:
         self.ds = np.zeros(1, np.float32)
         self.opposite = -self.dy
         self.planes = ob.new_planes(n, k, eta=0.015, scale_init=0.02)
-        self.residuals = generator.integers(-64, 65, (n, k), dtype=np.int8)
+        self.planes["residual"][...] = generator.integers(-64, 65, (n, k), dtype=np.int8)
         self.control = self.planes["control"]
 
     def forward(self) -> None:
@@ -170,7 +170,6 @@ class Layer:
     def start(self) -> Layer:
         """The first step only measures: take it, so that the next ones vote."""
         self.step()
-        self.planes["residual"][...] = self.residuals
         self.step()
         return self
 
