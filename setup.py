@@ -19,15 +19,17 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 
+AVX512VNNI = [
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
+    "-mprefer-vector-width=512",
+]
 # What the instruction set of a file in csrc/isa/ needs, by architecture; every other file is compiled for the baseline.
 ISA_FLAGS_OF = {
     "x86_64": {
         "isa/avx2.c": ["-mavx2"],
         "isa/avxvnni.c": ["-mavx2", "-mavxvnni"],
-        "isa/avx512vnni.c": [
-            *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
-            "-mprefer-vector-width=512",
-        ],
+        "isa/avx512vnni.c": AVX512VNNI,
+        "isa/amxint8.c": [*AVX512VNNI, "-mamx-tile", "-mamx-int8"],
         "isa/trits_avx512vbmi.c": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mavx512vbmi"],
     },
     "aarch64": {

@@ -55,7 +55,7 @@ def test_only_isa_files_use_wide_registers() -> None:
 
 def test_isa_files_use_what_they_are_named_for() -> None:
     expected = {"isa/avx2.c": {"ymm"}, "isa/avxvnni.c": {"ymm"}, "isa/avx512vnni.c": {"ymm", "zmm"}}
-    expected["isa/trits_avx512vbmi.c"] = {"ymm", "zmm"}
+    expected["isa/trits_avx512vbmi.c"] = expected["isa/amxint8.c"] = {"ymm", "zmm"}
     for source in expected.keys() & objects().keys():
         found = wide_registers(objects()[source])
         assert found and found <= expected[source], source

@@ -9,11 +9,29 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
 
 static int
 has(uint32_t word, unsigned bit)
 {
     return (word >> bit) & 1;
+}
+
+/* Linux saves the tile registers (8 KiB a thread) of a process that has asked for them. */
+static int
+tiles_granted(void)
+{
+#if defined(__linux__)
+    enum {
+        ARCH_REQ_XCOMP_PERM = 0x1023,
+        XFEATURE_XTILEDATA = 18
+    }; /* asm/prctl.h, from Linux 5.16 */
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return 0;
+#endif
 }
 
 uint32_t
@@ -34,6 +52,10 @@ ob_cpu_features(void)
     if (zmm_saved && has(b, 16) && has(b, 17) && has(b, 30) && has(b, 31)) { /* F DQ BW VL */
         features |= OB_CPU_AVX512 | (has(c, 11) ? OB_CPU_AVX512VNNI : 0) |
                     (has(c, 1) ? OB_CPU_AVX512VBMI : 0);
+        int tiles_saved = (saved & 0x60000) == 0x60000;
+        if (tiles_saved && has(d, 24) && has(d, 25) && tiles_granted()) { /* AMX-TILE, AMX-INT8 */
+            features |= OB_CPU_AMXINT8;
+        }
     }
     if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
         features |= has(a, 4) ? OB_CPU_AVXVNNI : 0;

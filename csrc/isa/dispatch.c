@@ -22,14 +22,11 @@ static const struct {
 #undef OB_ISA
 };
 
-#if defined(__x86_64__) && !defined(OB_WITHOUT_trits_avx512vbmi) && !defined(OB_WITHOUT_avx512vnni)
-extern const ob_kernels ob_kernels__avx512vnni;
+#if defined(__x86_64__) && !defined(OB_WITHOUT_trits_avx512vbmi)
 void ob_dot_trits__avx512vbmi(size_t k, const uint8_t *trits_strip, const int8_t *x, int32_t sum,
                               int32_t *acc);
-#define VBMI_TABLE (&ob_kernels__avx512vnni)
 #define VBMI_DOT ob_dot_trits__avx512vbmi
 #else
-#define VBMI_TABLE NULL
 #define VBMI_DOT NULL
 #endif
 
@@ -88,7 +85,7 @@ ob_kernels_active(void)
 ob_dot_trits
 ob_dot_trits_active(void)
 {
-    return ob_kernels_active() == VBMI_TABLE && has_vbmi ? VBMI_DOT : NULL;
+    return isas[ob_isa_active()].needs & OB_CPU_AVX512VNNI && has_vbmi ? VBMI_DOT : NULL;
 }
 
 const ob_kernels *

@@ -4,7 +4,7 @@
 
 #include "../kernels/kernel.h"
 
-#define CHAINS 12 /* independent accumulators: two instructions a cycle of latency 5 need 10 */
+#define CHAINS 12 /* instructions a round, of independent sums: two a cycle of latency 5 need 10 */
 
 #if defined(__x86_64__)
 #define PEAK(name, instruction, r)                                                               \
@@ -25,6 +25,24 @@ PEAK(multiply_avxvnni, "%{vex%} vpdpbusd", "ymm")
 #endif
 #ifndef OB_WITHOUT_avx512vnni
 PEAK(multiply_avx512vnni, "vpdpbusd", "zmm")
+#endif
+#ifndef OB_WITHOUT_amxint8
+static void
+multiply_amxint8(size_t rounds)
+{
+    struct {
+        uint8_t palette, reserved[15];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } config = {1, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    __asm__ volatile("ldtilecfg %1\n"
+                     ".p2align 5\n1:\n"
+                     ".irp i,0,1,2,3,0,1,2,3,0,1,2,3\ntdpbssd %%tmm5,%%tmm4,%%tmm\\i\n.endr\n"
+                     "dec %0\njnz 1b\ntilerelease"
+                     : "+r"(rounds)
+                     : "m"(config)
+                     : "cc");
+}
 #endif
 #elif defined(__aarch64__)
 #define PEAK(name, arch, instruction, sums, bytes)                                           \
@@ -60,6 +78,9 @@ static const struct {
 #endif
 #ifndef OB_WITHOUT_avx512vnni
     {"avx512vnni", 64, multiply_avx512vnni},
+#endif
+#ifndef OB_WITHOUT_amxint8
+    {"amxint8", 16384, multiply_amxint8},
 #endif
 #elif defined(__aarch64__)
     {"neon", 8, multiply_neon},

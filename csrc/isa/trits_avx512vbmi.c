@@ -1,4 +1,4 @@
-/* trits_avx512vbmi.c - one token on trits5 weights, for processors of the table avx512vnni that have VBMI too.
+/* trits_avx512vbmi.c - one token on trits5 weights, beside the tables of AVX-512 VNNI and AMX, for processors that have VBMI too.
  *
  * Hot loop           per 64 bytes, 320 weights   ports (Ice Lake)
  *   vpdpbusd zmm     5                           0, 5

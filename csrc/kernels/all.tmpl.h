@@ -1,4 +1,4 @@
-/* all.tmpl.h - expands every kernel template on the including file's vocabulary into one table.
+/* all.tmpl.h - expands every kernel template on the including file's vocabulary, and their table (table.tmpl.h).
  *
  * The ISA file defines, before it includes this:
  *   OB_ISA_NAME           identifier, e.g. avx2
@@ -10,7 +10,8 @@
  *     vi_max vi_hmax vi_sum vi_sum64 vi_add_where vi_sub_unless vi_to_f32 vi_from_f32 vi_rint vi_floor
  *     vi_load_i8 vi_store_i8 vi_load_u16 vi_store_u16 v_add64 v_mask_beyond64 v_transpose16
  *   dot_forward decode_input_panel dot_input pack_token_panel dot_weight   the integer tiles (contracts: kernel.h)
- *   OB_FORWARD_PANEL      optional: its decode_forward_panel
+ *   OB_FORWARD_PANEL, OB_PANEL_TOKENS   optional: its decode_forward_panel, and from how many tokens on
+ *   OB_LEAVE              optional: its leave
  * Rules every vocabulary keeps: vf_sum adds lanes l + (l+8), then +4, +2, +1, vf_sum_pair does two at once; vi_rint is half to
  * even for |x| < 2^22; vi_floor is only given |x| < 2^20, vi_from_f32 whole numbers; vf_clip(x, limit) = clamp(x, +-limit), x no
  * NaN; vf_one_nan makes every NaN 0x7FC00000 (sign and payload depend on the machine and on the order of operands);
@@ -21,10 +22,6 @@
 #include "kernel.h"
 
 #include <string.h>
-
-#ifndef OB_FORWARD_PANEL
-#define OB_FORWARD_PANEL NULL
-#endif
 
 #include "lanes.tmpl.h"
 
@@ -56,47 +53,4 @@
 
 #include "held.tmpl.h"
 
-#define OB_TABLE_NAME_(isa) ob_kernels__##isa
-#define OB_TABLE_NAME(isa) OB_TABLE_NAME_(isa)
-#define OB_TEXT_(x) #x
-#define OB_TEXT(x) OB_TEXT_(x)
-
-const ob_kernels OB_TABLE_NAME(OB_ISA_NAME) = {
-    .name = OB_TEXT(OB_ISA_NAME),
-    .forward_rows = OB_FORWARD_ROWS,
-    .input_rows = OB_INPUT_ROWS,
-    .weight_rows = OB_WEIGHT_ROWS,
-    .quantize_row = quantize_row,
-    .quantize_row_sr = quantize_row_sr,
-    .column_absmax = column_absmax,
-    .quantize_columns_sr = quantize_columns_sr,
-    .sum_rows = sum_rows,
-    .ternarize_row = ternarize_row,
-    .dot_forward = dot_forward,
-    .decode_forward_panel = OB_FORWARD_PANEL,
-    .decode_trits = decode_trits,
-    .decode_input_panel = decode_input_panel,
-    .dot_input = dot_input,
-    .pack_token_panel = pack_token_panel,
-    .dot_weight = dot_weight,
-    .store_rows = store_rows,
-    .vote_tile =
-        {
-#define OB_RULE(name, residual_bits, momentum_bits, units, dead_zone) vote_tile_##name,
-#include "../flip_rules/rules.def"
-#undef OB_RULE
-        },
-    .hold_tile = hold_tile,
-    .cast_row =
-        {
-#define OB_RULE(name, residual_bits, momentum_bits, units, dead_zone) cast_row_##name,
-#include "../flip_rules/rules.def"
-#undef OB_RULE
-        },
-    .flip_row =
-        {
-#define OB_RULE(name, residual_bits, momentum_bits, units, dead_zone) step_row_##name,
-#include "../flip_rules/rules.def"
-#undef OB_RULE
-        },
-};
+#include "table.tmpl.h"

@@ -13,7 +13,7 @@
 #include "../onebit.h"
 
 #define OB_STRIP 64       /* columns of every tile: outputs in forward, inputs in dX and dW */
-#define OB_MAX_ROWS 12    /* no tile is higher */
+#define OB_MAX_ROWS 64    /* no tile is higher */
 #define OB_TINY 0x1p-100f /* gradients with a smaller absmax are zero */
 
 typedef int32_t ob_acc[OB_STRIP]; /* one row of a tile */
@@ -82,7 +82,10 @@ typedef struct ob_flip_row {
 typedef struct ob_kernels {
     const char *name;
     size_t forward_rows, input_rows,
-        weight_rows; /* tile heights of the three products, <= OB_MAX_ROWS */
+        weight_rows;     /* tile heights of the three products, <= OB_MAX_ROWS */
+    size_t panel_tokens; /* from here decode_forward_panel once beats decoding in every tile */
+    /* At the end of a task that called a dot_*: gives back what they hold of the thread.  NULL: nothing. */
+    void (*leave)(void);
 
     /* x (K,) -> q (ob_padded_k(K),) int8 zero padded, *scale, *sum of q.  Deterministic rounding, floor 1e-5. */
     void (*quantize_row)(ob_dtype dt, size_t k, const void *x, int8_t *q, float *scale,
@@ -141,6 +144,14 @@ typedef struct ob_kernels {
     /* One row's step: momentum into residual, residual into codes.  Returns codes moved. */
     uint64_t (*flip_row[OB_RULE_COUNT])(const ob_flip_row *row);
 } ob_kernels;
+
+OB_INLINE void
+ob_kernels_leave(const ob_kernels *kernels)
+{
+    if (kernels->leave) {
+        kernels->leave();
+    }
+}
 
 /* One table per line of isa/isas.def. */
 const ob_kernels *ob_kernels_active(void); /* dispatch.c: picks once */

@@ -63,7 +63,6 @@ row_of(const void *base, ob_dtype dt, size_t index)
 enum {
     QUANTIZE_ROWS = 16,
     DIRECT_ROWS = 8,        /* up to here dot_trits beats decoding */
-    PANEL_TOKENS = 64,      /* from here decoding once beats decoding in every tile */
     PANEL_BYTES = 512 << 10 /* that stay in a core's second cache */
 };
 
@@ -111,8 +110,9 @@ static void
 forward_tokens(const product *p, const uint8_t *packed, size_t n0, size_t t, size_t end,
                size_t thread)
 {
-    uint8_t *panel =
-        p->panels && end - t >= PANEL_TOKENS ? p->panels + thread * p->padded * OB_STRIP : NULL;
+    uint8_t *panel = p->panels && end - t >= p->kernels->panel_tokens
+                         ? p->panels + thread * p->padded * OB_STRIP
+                         : NULL;
     if (panel) {
         p->kernels->decode_forward_panel(p->padded / 16, packed, panel);
     }
@@ -129,6 +129,7 @@ forward_tokens(const product *p, const uint8_t *packed, size_t n0, size_t t, siz
         }
         store_outputs(p, n0, t, rows, (const ob_acc *)acc);
     }
+    ob_kernels_leave(p->kernels);
 }
 
 static void
@@ -180,6 +181,7 @@ input_task(void *arg, size_t task, size_t thread)
                                NULL, (char *)p->out + (t * w->k + k0) * ob_dtype_bytes(p->dt),
                                w->k);
     }
+    ob_kernels_leave(p->kernels);
 }
 
 static void
@@ -212,8 +214,7 @@ ob_linear_forward(const ob_weights *w, size_t m, ob_dtype dt, const void *x, voi
         !ob_mul(padded * OB_STRIP, threads, &panel_bytes)) {
         return OB_OVERFLOW;
     }
-    int panel =
-        kernels->decode_forward_panel && m >= PANEL_TOKENS && padded * OB_STRIP <= PANEL_BYTES;
+    int panel = m >= kernels->panel_tokens && padded * OB_STRIP <= PANEL_BYTES;
     int32_t *sum = ob_scratch_take(m * sizeof *sum);
     int8_t *q = xq ? xq : ob_scratch_take(q_bytes);
     float *scale = sx ? sx : ob_scratch_take(m * sizeof *scale);

@@ -14,7 +14,7 @@ HELP = "version, instruction set, kernels, threads, memory"
 DESCRIPTION = """\
 What this installation runs on this machine.
 
-ONEBIT_ISA=scalar|avx2|avx512vnni forces an instruction set; every one of them gives the same bits.
+ONEBIT_ISA=scalar|avx2|avx512vnni|amxint8 forces an instruction set; every one of them gives the same bits.
 """
 
 

@@ -7,8 +7,9 @@
  * with the caller's floating-point control set to flush subnormals, which no task may see.  Prints one line of JSON; a
  * difference names the array and the problem, and the exit status is 1.
  *
- * Build with -DOB_EVEX, and csrc/base/cpu.c with -Dob_cpu_features=ob_cpu_features_real, to run isa/avxvnni.c compiled
- * for AVX-512's encoding of its instruction. */
+ * Build with -DOB_PRETEND=bits, and csrc/base/cpu.c with -Dob_cpu_features=ob_cpu_features_real, to run instruction sets
+ * that the processor lacks, compiled for what it has: isa/avxvnni.c for AVX-512's encoding of its instruction,
+ * isa/amxint8.c with soft_tiles.h. */
 #include "../../csrc/base/cpu.h"
 #include "../../csrc/onebit.h"
 
@@ -16,14 +17,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-#ifdef OB_EVEX
+#ifdef OB_PRETEND
 uint32_t ob_cpu_features_real(void);
 
 uint32_t
 ob_cpu_features(void)
 {
-    uint32_t features = ob_cpu_features_real();
-    return features | (features & OB_CPU_AVX512VNNI ? OB_CPU_AVXVNNI : 0);
+    return ob_cpu_features_real() | OB_PRETEND;
 }
 #endif
 

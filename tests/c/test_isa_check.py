@@ -1,7 +1,7 @@
 """Instruction sets that this machine's Python module cannot run give the bits of the reference too.
 
-AVX-VNNI runs in AVX-512's encoding of its one instruction where the processor has only that; AArch64's run under qemu
-(`make check-arm`). Row 2 of the reliability table.
+AVX-VNNI runs in AVX-512's encoding of its one instruction where the processor has only that, AMX on tiles in plain C;
+AArch64's run under qemu (`make check-arm`). Row 2 of the reliability table.
 """
 
 import json
@@ -36,14 +36,20 @@ def test_instruction_sets_of_this_machine(tmp_path: Path) -> None:
     objects = dict(zip(CORE, built_core(tmp_path / "core"), strict=True))
     objects["csrc/base/alloc.c"] = compiled(tmp_path, "csrc/base/alloc.c", *FLAGS)
     expected = [isa["name"] for isa in _core.isas() if isa["supported"]]
-    define = []
-    if "avx512vnni" in expected and "avxvnni" not in expected and "isa/avxvnni.c" in ISA_FLAGS:
+    pretended = []
+    if "avx512vnni" in expected and "isa/avxvnni.c" in ISA_FLAGS and "avxvnni" not in expected:
         evex = ("-mavx2", "-mavx512vl", "-mavx512vnni", "-mprefer-vector-width=256")
         objects["csrc/isa/avxvnni.c"] = compiled(tmp_path, "csrc/isa/avxvnni.c", *FLAGS, *evex)
-        real = "-Dob_cpu_features=ob_cpu_features_real"
-        objects["csrc/base/cpu.c"] = compiled(tmp_path, "csrc/base/cpu.c", *FLAGS, real)
-        define = ["-DOB_EVEX"]
         expected.insert(expected.index("avx512vnni"), "avxvnni")
+        pretended.append("OB_CPU_AVXVNNI")
+    if "avx512vnni" in expected and "isa/amxint8.c" in ISA_FLAGS:
+        soft = (*ISA_FLAGS["isa/amxint8.c"], "-include", C / "soft_tiles.h")
+        objects["csrc/isa/amxint8.c"] = compiled(tmp_path, "csrc/isa/amxint8.c", *FLAGS, *soft)
+        expected += [] if "amxint8" in expected else ["amxint8"]
+        pretended.append("OB_CPU_AMXINT8")
+    real = "-Dob_cpu_features=ob_cpu_features_real"
+    objects["csrc/base/cpu.c"] = compiled(tmp_path, "csrc/base/cpu.c", *FLAGS, real)
+    define = [f"-DOB_PRETEND=({'|'.join(pretended) or 0})"]
     program = link(tmp_path / "isa_check", C / "isa_check.c", *define, *objects.values())
     assert check(program) == expected
 

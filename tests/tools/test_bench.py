@@ -138,7 +138,8 @@ def test_quartiles() -> None:
 # ------------------------------------------------------------------ limits
 @pytest.mark.parametrize("threads", [1, 2])
 def test_limits(threads: int) -> None:
-    wide = {"scalar": 0, "avx2": 32, "avxvnni": 32, "avx512vnni": 64, "neon": 8, "neondot": 16, "neoni8mm": 32}
+    wide = {"scalar": 0, "avx2": 32, "avxvnni": 32, "avx512vnni": 64, "amxint8": 16 * 16 * 64}
+    wide |= {"neon": 8, "neondot": 16, "neoni8mm": 32}
     for entry in ob.isas():
         if entry["supported"] and entry["name"] in wide:
             with bench_ops.using(threads, entry["name"]):
