@@ -18,7 +18,8 @@ enum {
     VNNI_ROWS = 4 /* up to here vpdpbusd on packed codes is faster than a panel for a tile */
 };
 
-/* Tiles 0..3: sums, 16 columns each; 4: activations of the same rows; 5..7: the panel's. */
+/* Tiles 0..3: sums, 16 columns each; 4: activations of the same rows; 5..7: the panel's.  Or, of 16 rows all, 0..3: sums of two
+ * times 16 rows and two times 16 columns; 4, 5: activations; 6, 7: the panel's. */
 enum { ROW_TILES = 5, TILES = 8 };
 
 /* Rows that this thread's tile registers are configured for; 0: not at all. */
@@ -105,9 +106,34 @@ panel_tile(size_t rows, size_t inputs, const uint8_t *panel, const int8_t *s8, s
     store_sums(acc);
 }
 
+/* 32 rows, 32 columns at a time, inputs a multiple of 64: 1.07 x two times 16 rows where the panel comes from the second
+ * cache, slower where it is in the first. */
 static void
-dot_panel(size_t rows, size_t inputs, const uint8_t *panel, const int8_t *s8, size_t ld,
-          ob_acc *acc)
+square_tile(size_t inputs, const uint8_t *panel, const int8_t *s8, size_t ld, ob_acc *acc)
+{
+    for (size_t column = 0; column < OB_STRIP; column += 32) {
+        const uint8_t *w = panel + 4 * column;
+        enter_tiles(16);
+        for (size_t i = 0; i < inputs; i += STEP, w += STEP_BYTES) {
+            tile_load(4, s8 + i, ld);
+            tile_load(6, w, 4 * OB_STRIP);
+            tile_load(7, w + 64, 4 * OB_STRIP);
+            tile_multiply(0, 4, 6);
+            tile_load(5, s8 + 16 * ld + i, ld);
+            tile_multiply(1, 4, 7);
+            tile_multiply(2, 5, 6);
+            tile_multiply(3, 5, 7);
+        }
+        tile_store(0, acc[0] + column, sizeof *acc);
+        tile_store(1, acc[0] + column + 16, sizeof *acc);
+        tile_store(2, acc[16] + column, sizeof *acc);
+        tile_store(3, acc[16] + column + 16, sizeof *acc);
+    }
+}
+
+static void
+panel_tiles(size_t rows, size_t inputs, const uint8_t *panel, const int8_t *s8, size_t ld,
+            ob_acc *acc)
 {
     for (size_t r = 0; r < rows; r += 16) {
         panel_tile(OB_MIN(rows - r, (size_t)16), inputs, panel, s8 + r * ld, ld, acc + r);
@@ -159,7 +185,12 @@ ob_amxint8_dot_input(size_t rows, size_t n_padded, const uint8_t *panel, const i
                      size_t ldq, const int32_t *sum, ob_acc *acc)
 {
     (void)sum;
-    dot_panel(rows, n_padded, panel, q, ldq, acc);
+    if (rows == 32 && n_padded % STEP == 0) {
+        square_tile(n_padded, panel, q, ldq, acc);
+    }
+    else {
+        panel_tiles(rows, n_padded, panel, q, ldq, acc);
+    }
 }
 
 void
@@ -167,7 +198,7 @@ ob_amxint8_dot_weight(size_t rows, size_t m_padded, const uint8_t *panel, const 
                       size_t ldh, const int32_t *sum, ob_acc *acc)
 {
     (void)sum;
-    dot_panel(rows, m_padded, panel, h, ldh, acc);
+    panel_tiles(rows, m_padded, panel, h, ldh, acc);
 }
 
 void

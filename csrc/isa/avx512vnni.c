@@ -117,7 +117,7 @@ dot_weight(size_t rows, size_t m_padded, const uint8_t *panel, const int8_t *h, 
 #undef OB_PRODUCT
 #define OB_ISA_NAME amxint8
 #define OB_FORWARD_ROWS 16
-#define OB_INPUT_ROWS 16
+#define OB_INPUT_ROWS 32
 #define OB_WEIGHT_ROWS 64 /* four tiles, then the votes of all: 1.1 x votes after each */
 #define OB_FORWARD_PANEL ob_amxint8_decode_forward_panel
 #define OB_PANEL_TOKENS 33

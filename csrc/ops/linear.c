@@ -24,12 +24,13 @@ tokens_per_task(size_t m, size_t strips, size_t tile_rows, size_t threads)
     return OB_MIN(m, OB_MAX(tiles, (size_t)8) * tile_rows); /* 8 tiles pay for a panel's decoding */
 }
 
-/* Rows of the next tile: a remainder of 7 or 8 under a height of 6 is cut in halves, not 6 + 1. */
+/* Rows of the next tile: a remainder of 7 or 8 under a height of 6 is cut in halves, not 6 + 1.  Of 16 rows and more, a kernel
+ * makes tiles of 16 itself. */
 static size_t
 tile_height(size_t left, size_t rows)
 {
-    if (left <= rows) {
-        return left;
+    if (left <= rows || rows >= 16) {
+        return OB_MIN(left, rows);
     }
     return left + 4 <= 2 * rows ? OB_CEIL_DIV(left, (size_t)2) : rows;
 }

@@ -49,9 +49,11 @@ def test_instruction_sets_of_this_machine(tmp_path: Path) -> None:
         pretended.append("OB_CPU_AMXINT8")
     real = "-Dob_cpu_features=ob_cpu_features_real"
     objects["csrc/base/cpu.c"] = compiled(tmp_path, "csrc/base/cpu.c", *FLAGS, real)
-    define = [f"-DOB_PRETEND=({'|'.join(pretended) or 0})"]
-    program = link(tmp_path / "isa_check", C / "isa_check.c", *define, *objects.values())
-    assert check(program) == expected
+    pretend = [f"-DOB_PRETEND=({'|'.join(pretended) or 0})", C / "pretend.c"]
+    assert check(link(tmp_path / "isa_check", C / "isa_check.c", *pretend, *objects.values())) == expected
+    objects["csrc/base/alloc.c"] = C / "guard_alloc.c"
+    guard = link(tmp_path / "guard_pages", C / "guard_pages.c", *pretend, *objects.values())
+    assert json.loads(checked(guard, 101))["isas"] >= len(expected)
 
 
 @pytest.fixture(scope="module")
