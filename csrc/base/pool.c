@@ -1,17 +1,19 @@
 /* pool.c - see pool.h.
  *
- * One region at a time.  `state` says everything a worker must know to join it: generation (bits 32..63), open (bit 31),
+ * Own workers: one region at a time.  `state` says everything a worker must know to join it: generation (bits 32..63), open (bit 31),
  * thread count (bits 16..30), workers inside (bits 0..15).  A worker joins by a compare-and-swap while the region is open
  * and leaves by a subtraction; the caller closes the region when no task is left and waits only for those inside.  So a
  * worker that the system has not woken yet delays nobody. */
-#define _GNU_SOURCE /* usleep */
+#define _GNU_SOURCE /* usleep, RTLD_NOLOAD */
 #include "pool.h"
 #include "cpu.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -34,20 +36,28 @@ static struct pool {
     void *arg;
     size_t tasks;
     OB_ALIGNED(64) atomic_size_t next;
+    atomic_size_t members; /* of a shared team that have come */
 } pool = {.busy = PTHREAD_MUTEX_INITIALIZER,
           .mutex = PTHREAD_MUTEX_INITIALIZER,
           .wake = PTHREAD_COND_INITIALIZER,
           .done = PTHREAD_COND_INITIALIZER};
 
 static pthread_once_t configured = PTHREAD_ONCE_INIT;
-static atomic_size_t wanted; /* threads */
-static size_t cores;
+static atomic_size_t wanted; /* threads; 0: as many as usual */
+static size_t cores, usual;
 static unsigned jitter; /* microseconds */
 static _Thread_local int inside;
+
+/* The OpenMP runtime that lends its threads; not to the children of a fork, where libgomp would wait for ever. */
+typedef void (*parallel_function)(void (*run)(void *), void *arg, unsigned threads, unsigned flags);
+typedef int (*count_function)(void);
+static _Atomic(parallel_function) team;
+static _Atomic(count_function) team_threads;
 
 static void
 forget_threads(void) /* in a forked child, where none of the parent's workers exists */
 {
+    atomic_store(&team, NULL);
     pthread_mutex_init(&pool.busy, NULL);
     pthread_mutex_init(&pool.mutex, NULL);
     pthread_cond_init(&pool.wake, NULL);
@@ -72,8 +82,8 @@ static void
 configure(void)
 {
     cores = ob_cpu_cores();
-    size_t unset = 0, most = OB_MAX_THREADS, usual = OB_MIN(cores, most);
-    size_t threads = environment_number("ONEBIT_NUM_THREADS", 1, most, usual);
+    usual = OB_MIN(cores, (size_t)OB_MAX_THREADS);
+    size_t unset = 0, threads = environment_number("ONEBIT_NUM_THREADS", 1, OB_MAX_THREADS, 0);
     atomic_compare_exchange_strong(&wanted, &unset, threads);
     jitter = (unsigned)environment_number("ONEBIT_POOL_JITTER", 1, 100000, 0);
     pthread_atfork(NULL, NULL, forget_threads);
@@ -83,7 +93,13 @@ size_t
 ob_num_threads(void)
 {
     pthread_once(&configured, configure);
-    return atomic_load(&wanted);
+    size_t threads = atomic_load(&wanted);
+    count_function count = atomic_load(&team_threads);
+    if (!threads && count) {
+        int theirs = count();
+        threads = theirs > 0 ? OB_MIN((size_t)theirs, (size_t)OB_MAX_THREADS) : 0;
+    }
+    return threads ? threads : usual;
 }
 
 ob_status
@@ -94,6 +110,26 @@ ob_set_num_threads(size_t threads)
     }
     pthread_once(&configured, configure);
     atomic_store(&wanted, threads);
+    return OB_OK;
+}
+
+ob_status
+ob_share_threads(const char *openmp)
+{
+    parallel_function parallel = NULL;
+    count_function count = NULL;
+    if (openmp) {
+        void *library = dlopen(openmp, RTLD_NOW | RTLD_NOLOAD); /* stays open */
+        void *first = library ? dlsym(library, "GOMP_parallel") : NULL;
+        void *second = library ? dlsym(library, "omp_get_max_threads") : NULL;
+        if (!first || !second) {
+            return OB_UNSUPPORTED;
+        }
+        memcpy(&parallel, &first, sizeof parallel);
+        memcpy(&count, &second, sizeof count);
+    }
+    atomic_store(&team_threads, count);
+    atomic_store(&team, parallel);
     return OB_OK;
 }
 
@@ -258,6 +294,20 @@ run_region(size_t threads)
     }
 }
 
+/* What each thread of a shared team does. */
+static void
+take_part(void *none)
+{
+    (void)none;
+    size_t thread = atomic_fetch_add(&pool.members, 1);
+    uint64_t control = ob_fp_default();
+    int before = inside;
+    inside = 1;
+    run_tasks(thread);
+    inside = before;
+    ob_fp_restore(control);
+}
+
 void
 ob_parallel(size_t tasks, void (*run)(void *arg, size_t task, size_t thread), void *arg)
 {
@@ -278,7 +328,15 @@ ob_parallel_on(size_t threads, size_t tasks, void (*run)(void *arg, size_t task,
         pool.run = run;
         pool.arg = arg;
         pool.tasks = tasks;
-        run_region(resize(threads));
+        parallel_function parallel = atomic_load(&team);
+        if (parallel) {
+            atomic_store(&pool.next, 0);
+            atomic_store(&pool.members, 0);
+            parallel(take_part, NULL, (unsigned)threads, 0);
+        }
+        else {
+            run_region(resize(threads));
+        }
         pthread_mutex_unlock(&pool.busy);
     }
     else {

@@ -1,4 +1,4 @@
-/* pool.h - the project's threads; ob_num_threads and ob_set_num_threads are declared in onebit.h. */
+/* pool.h - the project's threads; ob_num_threads, ob_set_num_threads and ob_share_threads are declared in onebit.h. */
 #ifndef OB_POOL_H
 #define OB_POOL_H
 
@@ -17,7 +17,7 @@
  *
  * Workers start with the first call that needs them, block all signals, and do not survive fork: a child starts its own,
  * also if the parent forked in the middle of a call.  ONEBIT_NUM_THREADS (1..256) sets the count at first use, else
- * ob_cpu_cores().  ONEBIT_POOL_JITTER=microseconds delays every task at random, for tests. */
+ * ob_cpu_cores().  ob_share_threads puts an OpenMP runtime's threads in the place of the workers.  ONEBIT_POOL_JITTER=microseconds delays every task at random, for tests. */
 void ob_parallel(size_t tasks, void (*run)(void *arg, size_t task, size_t thread), void *arg);
 
 /* The same with thread in [0, threads): for callers whose scratch was cut for that many, since another thread may set

@@ -71,6 +71,24 @@ set_num_threads(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
 }
 
 static PyObject *
+share_threads(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kw)
+{
+    static char *keys[] = {"openmp", NULL};
+    const char *path;
+    if (!PyArg_ParseTupleAndKeywords(args, kw, "z", keys, &path)) {
+        return NULL;
+    }
+    if (ob_share_threads(path) != OB_OK) {
+        PyErr_Format(PyExc_RuntimeError,
+                     "share_threads(): 'openmp' must be the path of a loaded OpenMP runtime, got "
+                     "'%.200s'",
+                     path);
+        return NULL;
+    }
+    return Py_NewRef(Py_None);
+}
+
+static PyObject *
 memory(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(none))
 {
     return Py_BuildValue("{s:n, s:n, s:n}", "live", (Py_ssize_t)ob_alloc_live_bytes(), "peak",
@@ -123,6 +141,12 @@ PyDoc_STRVAR(
     set_num_threads_doc,
     "set_num_threads($module, /, threads)\n--\n\nThreads from the next operation on, 1 to 256.");
 PyDoc_STRVAR(
+    share_threads_doc,
+    "share_threads($module, /, openmp)\n--\n\n"
+    "Run on the threads of the loaded OpenMP runtime at the path `openmp`, and as many as it\n"
+    "would use unless set_num_threads or ONEBIT_NUM_THREADS says otherwise; None: on own threads.\n"
+    "RuntimeError if no such runtime is loaded.");
+PyDoc_STRVAR(
     memory_doc,
     "memory($module, /)\n--\n\nBytes of the C allocator: live, peak and the largest single block.");
 PyDoc_STRVAR(reset_peak_memory_doc,
@@ -137,6 +161,7 @@ PyMethodDef ob_runtime_methods[] = {
     OB_METHOD("force_isa", force_isa, force_isa_doc),
     {"num_threads", num_threads, METH_NOARGS, num_threads_doc},
     OB_METHOD("set_num_threads", set_num_threads, set_num_threads_doc),
+    OB_METHOD("share_threads", share_threads, share_threads_doc),
     {"memory", memory, METH_NOARGS, memory_doc},
     {"reset_peak_memory", reset_peak_memory, METH_NOARGS, reset_peak_memory_doc},
     OB_METHOD("fail_allocation", fail_allocation, fail_allocation_doc),

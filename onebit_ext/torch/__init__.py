@@ -5,7 +5,7 @@ optimizer = FlipOptimizer(model)  # flips the codes, AdamW for everything else
 schedule = linear_schedule(optimizer, steps)  # or any of torch's
 """
 
-from . import distributed, guard  # noqa: F401 (both install a hook)
+from . import distributed, guard, threads  # noqa: F401 (two install a hook, threads shares torch's)
 from .auto import AutoFlip
 from .memory import bits_per_weight, state_bytes
 from .methods import Bop, LatentAdam, ShadowLinear, eta_from_hybrid, prepare
