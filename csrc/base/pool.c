@@ -119,7 +119,7 @@ ob_share_threads(const char *openmp)
     parallel_function parallel = NULL;
     count_function count = NULL;
     if (openmp) {
-        void *library = dlopen(openmp, RTLD_NOW | RTLD_NOLOAD); /* stays open */
+        void *library = *openmp ? dlopen(openmp, RTLD_NOW | RTLD_NOLOAD) : NULL; /* stays open */
         void *first = library ? dlsym(library, "GOMP_parallel") : NULL;
         void *second = library ? dlsym(library, "omp_get_max_threads") : NULL;
         if (!first || !second) {

@@ -108,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace, console: Console, code: text.Corpus, target: text.Corpus) -> dict[str, Any]:
     """Both stages; imports torch."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # torch's idle threads must not spin against ours
+    # between small operations, threads that spin take a busy machine's cores from those that work
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import torch
 
     from onebit_ext.torch.demo.stages import Side, Stages
