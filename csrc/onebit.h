@@ -238,10 +238,12 @@ const char *ob_isa_error(void);    /* NULL, or why ONEBIT_ISA could not be honou
 void ob_isa_tiles(size_t i, size_t *forward_rows, size_t *input_rows, size_t *weight_rows);
 
 size_t ob_num_threads(void);
-ob_status ob_set_num_threads(size_t threads); /* 1..256; takes effect at the next call */
-/* Run on the threads of the OpenMP runtime at this path, which must be loaded (it has GOMP_parallel and omp_get_max_threads), and
- * as many as it would use unless a number was set: two sets of threads that wait actively take the cores from each other.
- * NULL: own threads again; so in the children of a fork.  OB_UNSUPPORTED: no such runtime is loaded; nothing changes. */
+ob_status ob_set_num_threads(size_t threads); /* 1..256; takes effect at the next call, for good */
+/* Run on the threads of the OpenMP runtime at this path, which must be loaded (it has GOMP_parallel and
+ * omp_get_max_threads), and on as many as it would use, unless another number was set: two sets of threads that wait
+ * actively take the cores from each other.  NULL: own threads again.  So in children forked later; do not call it in the
+ * child of a process that used that runtime, where libgomp waits for ever.  OB_UNSUPPORTED: no such runtime is loaded;
+ * nothing changes. */
 ob_status ob_share_threads(const char *openmp);
 
 /* 64-byte aligned memory, the only malloc of the project.  Huge pages are advised for large blocks. */

@@ -25,6 +25,7 @@ from .runtime import (
     num_threads,
     reset_peak_memory,
     set_num_threads,
+    share_threads,
     signature,
 )
 
@@ -63,6 +64,7 @@ __all__ = [
     "save",
     "scale_step",
     "set_num_threads",
+    "share_threads",
     "signature",
     "unpack",
     "validate",

@@ -20,6 +20,7 @@ from ._core import (
     num_threads,
     reset_peak_memory,
     set_num_threads,
+    share_threads,
 )
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "num_threads",
     "reset_peak_memory",
     "set_num_threads",
+    "share_threads",
     "signature",
 ]
 

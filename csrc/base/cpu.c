@@ -19,7 +19,8 @@ has(uint32_t word, unsigned bit)
     return (word >> bit) & 1;
 }
 
-/* Linux saves the tile registers (8 KiB a thread) of a process that has asked for them. */
+/* Linux saves the tile registers (8 KiB a thread) of a process that has asked for them, and from then on refuses signal
+ * stacks that could not hold them; it refuses the request if there is one.  torch asks too. */
 static int
 tiles_granted(void)
 {

@@ -12,8 +12,7 @@
 #define OB_CPU_NEONDOT 32u
 #define OB_CPU_NEONI8MM 64u
 #define OB_CPU_AVX512VBMI 128u
-#define OB_CPU_AMXINT8 \
-    256u /* tile registers with int8 products; Linux has been asked for them and agreed */
+#define OB_CPU_AMXINT8 256u /* tile registers with int8 products, granted by Linux */
 
 /* Bits the processor has and the operating system saves the registers of; 0 on other architectures. */
 uint32_t ob_cpu_features(void);

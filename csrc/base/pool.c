@@ -1,9 +1,9 @@
 /* pool.c - see pool.h.
  *
- * Own workers: one region at a time.  `state` says everything a worker must know to join it: generation (bits 32..63), open (bit 31),
- * thread count (bits 16..30), workers inside (bits 0..15).  A worker joins by a compare-and-swap while the region is open
- * and leaves by a subtraction; the caller closes the region when no task is left and waits only for those inside.  So a
- * worker that the system has not woken yet delays nobody. */
+ * Own workers: one region at a time.  `state` says everything a worker must know to join it: generation (bits 32..63), open
+ * (bit 31), thread count (bits 16..30), workers inside (bits 0..15).  A worker joins by a compare-and-swap while the region
+ * is open and leaves by a subtraction; the caller closes the region when no task is left and waits only for those inside.
+ * So a worker that the system has not woken yet delays nobody.  A lent team has its runtime's barrier at the end. */
 #define _GNU_SOURCE /* usleep, RTLD_NOLOAD */
 #include "pool.h"
 #include "cpu.h"
@@ -36,7 +36,8 @@ static struct pool {
     void *arg;
     size_t tasks;
     OB_ALIGNED(64) atomic_size_t next;
-    atomic_size_t members; /* of a shared team that have come */
+    size_t limit;          /* of a lent team */
+    atomic_size_t members; /* of a lent team that have come */
 } pool = {.busy = PTHREAD_MUTEX_INITIALIZER,
           .mutex = PTHREAD_MUTEX_INITIALIZER,
           .wake = PTHREAD_COND_INITIALIZER,
@@ -118,6 +119,7 @@ ob_share_threads(const char *openmp)
 {
     parallel_function parallel = NULL;
     count_function count = NULL;
+    pthread_once(&configured, configure); /* children of a fork must forget the team */
     if (openmp) {
         void *library = *openmp ? dlopen(openmp, RTLD_NOW | RTLD_NOLOAD) : NULL; /* stays open */
         void *first = library ? dlsym(library, "GOMP_parallel") : NULL;
@@ -182,8 +184,7 @@ static uint64_t
 wait_for_region(size_t thread, uint64_t seen)
 {
     uint64_t state = atomic_load(&pool.state), until = 0;
-    int spin = ob_num_threads() <=
-               cores; /* more threads than cores: waiting would take a core from work */
+    int spin = THREADS(state) <= cores; /* else waiting would take a core from work */
     while (!calls(state, thread, seen)) {
         if (spin && !spin_is_over(&until)) {
             state = atomic_load(&pool.state);
@@ -294,7 +295,7 @@ run_region(size_t threads)
     }
 }
 
-/* What each thread of a shared team does. */
+/* What each thread of a lent team does. */
 static void
 take_part(void *none)
 {
@@ -303,7 +304,9 @@ take_part(void *none)
     uint64_t control = ob_fp_default();
     int before = inside;
     inside = 1;
-    run_tasks(thread);
+    if (thread < pool.limit) {
+        run_tasks(thread);
+    }
     inside = before;
     ob_fp_restore(control);
 }
@@ -329,7 +332,9 @@ ob_parallel_on(size_t threads, size_t tasks, void (*run)(void *arg, size_t task,
         pool.arg = arg;
         pool.tasks = tasks;
         parallel_function parallel = atomic_load(&team);
-        if (parallel) {
+        count_function count = atomic_load(&team_threads);
+        if (parallel && count && count() == (int)threads) { /* another number would end threads */
+            pool.limit = threads;
             atomic_store(&pool.next, 0);
             atomic_store(&pool.members, 0);
             parallel(take_part, NULL, (unsigned)threads, 0);

@@ -137,9 +137,8 @@ PyDoc_STRVAR(force_isa_doc, "force_isa($module, /, name)\n--\n\nUse another inst
                             "the next call on, for tests.");
 PyDoc_STRVAR(num_threads_doc,
              "num_threads($module, /)\n--\n\nHow many threads one operation may use.");
-PyDoc_STRVAR(
-    set_num_threads_doc,
-    "set_num_threads($module, /, threads)\n--\n\nThreads from the next operation on, 1 to 256.");
+PyDoc_STRVAR(set_num_threads_doc, "set_num_threads($module, /, threads)\n--\n\nThreads from the "
+                                  "next operation on, 1 to 256, whatever torch uses.");
 PyDoc_STRVAR(
     share_threads_doc,
     "share_threads($module, /, openmp)\n--\n\n"

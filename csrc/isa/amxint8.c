@@ -3,8 +3,8 @@
  * Hot loop         per 64 inputs of 16 rows x 64 columns
  *   tdpbssd        4: 16 x 16 outputs, 64 products each     one in 16 cycles    the limit, 8 x vpdpbusd's
  *   tileloadd      5: 16 rows; 16 columns, four times       eight cycles each from the first cache
- * A panel's group of four is a row of a tile as it stands.  Codes -1..1 and activations are signed: no offsets.  Everything
- * but the products of five rows and more is AVX-512's: the table is in isa/avx512vnni.c. */
+ * A panel's group of four is a row of a tile as it stands.  Codes -1..1 and activations are signed: no offsets.
+ * Everything but the products of five rows and more is AVX-512's: the table is in isa/avx512vnni.c. */
 #define OB_SIGNED_PANELS 1
 #include "amxint8.h"
 
@@ -18,12 +18,12 @@ enum {
     VNNI_ROWS = 4 /* up to here vpdpbusd on packed codes is faster than a panel for a tile */
 };
 
-/* Tiles 0..3: sums, 16 columns each; 4: activations of the same rows; 5..7: the panel's.  Or, of 16 rows all, 0..3: sums of two
- * times 16 rows and two times 16 columns; 4, 5: activations; 6, 7: the panel's. */
+/* Tiles 0..3: sums, 16 columns each; 4: activations of the same rows; 5..7: the panel's.  Or, of 16 rows all, 0..3: sums
+ * of two times 16 rows and two times 16 columns; 4, 5: activations; 6, 7: the panel's. */
 enum { ROW_TILES = 5, TILES = 8 };
 
 /* Rows that this thread's tile registers are configured for; 0: not at all. */
-static __thread size_t configured;
+static _Thread_local size_t configured;
 
 void
 ob_amxint8_leave(void)
@@ -106,8 +106,8 @@ panel_tile(size_t rows, size_t inputs, const uint8_t *panel, const int8_t *s8, s
     store_sums(acc);
 }
 
-/* 32 rows, 32 columns at a time, inputs a multiple of 64: 1.07 x two times 16 rows where the panel comes from the second
- * cache, slower where it is in the first. */
+/* 32 rows, 32 columns at a time, inputs a multiple of 64: 1.07 x two times 16 rows where the panel comes from the
+ * second cache, slower where it is in the first. */
 static void
 square_tile(size_t inputs, const uint8_t *panel, const int8_t *s8, size_t ld, ob_acc *acc)
 {
@@ -140,7 +140,7 @@ panel_tiles(size_t rows, size_t inputs, const uint8_t *panel, const int8_t *s8, 
     }
 }
 
-/* A panel of 64 inputs at a time, two ahead of the products: what was just stored cannot be loaded as a tile at once. */
+/* A panel of 64 inputs at a time, two ahead of the products: what was just stored does not load as a tile at once. */
 static void
 dot_codes(size_t rows, size_t k_steps, const uint8_t *q, const int8_t *x, size_t ldx, ob_acc *acc)
 {

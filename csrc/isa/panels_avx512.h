@@ -1,5 +1,5 @@
-/* panels_avx512.h - the panels of the 512-bit files: groups of four along the contraction, 64 columns, bytes.  Unsigned, for
- * vpdpbusd: codes 0..2 and x + 128; with OB_SIGNED_PANELS 1, defined before this, -1..1 and x. */
+/* panels_avx512.h - the panels of the 512-bit files: groups of four along the contraction, 64 columns, bytes.
+ * Unsigned, for vpdpbusd: codes 0..2 and x + 128; with OB_SIGNED_PANELS 1, defined before this, -1..1 and x. */
 #ifndef OB_PANELS_AVX512_H
 #define OB_PANELS_AVX512_H
 

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "../kernels/kernel.h"
+#include "tiles_amx.h"
 
 #define CHAINS 12 /* instructions a round, of independent sums: two a cycle of latency 5 need 10 */
 
@@ -30,11 +31,11 @@ PEAK(multiply_avx512vnni, "vpdpbusd", "zmm")
 static void
 multiply_amxint8(size_t rounds)
 {
-    struct {
-        uint8_t palette, reserved[15];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } config = {1, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    tile_config config = {.palette = 1};
+    for (int t = 0; t < 8; t++) {
+        config.row_bytes[t] = 64;
+        config.rows[t] = 16;
+    }
     __asm__ volatile("ldtilecfg %1\n"
                      ".p2align 5\n1:\n"
                      ".irp i,0,1,2,3,0,1,2,3,0,1,2,3\ntdpbssd %%tmm5,%%tmm4,%%tmm\\i\n.endr\n"

@@ -1,5 +1,6 @@
-/* table.tmpl.h - the table of the including file's kernels: once by all.tmpl.h, and once more for an instruction set that has
- * products of its own and everything else in common.  That one defines anew what all.tmpl.h lists as the ISA file's, and
+/* table.tmpl.h - the table of the including file's kernels: once by all.tmpl.h, and once more for an instruction set
+ * that has products of its own and everything else in common.  That one defines anew what all.tmpl.h lists as the ISA
+ * file's, and
  *   OB_PRODUCT(name)      its dot_forward and so on, if they have another name */
 
 #ifndef OB_FORWARD_PANEL

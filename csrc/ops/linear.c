@@ -15,13 +15,21 @@ ob_padded_k(size_t k)
     return OB_CEIL_DIV(k, 16) * 16;
 }
 
+enum {
+    QUANTIZE_ROWS = 16,
+    TASK_TOKENS = 48,       /* pay for a panel's decoding */
+    DIRECT_ROWS = 8,        /* up to here dot_trits beats decoding */
+    PANEL_BYTES = 512 << 10 /* that stay in a core's second cache */
+};
+
 /* Tokens of one task: all of them if the strips alone feed the threads, else as few as keep every thread busy. */
 static size_t
 tokens_per_task(size_t m, size_t strips, size_t tile_rows, size_t threads)
 {
     size_t wanted = OB_CEIL_DIV(4 * threads, OB_MIN(strips, 4 * threads));
     size_t tiles = OB_CEIL_DIV(OB_CEIL_DIV(m, tile_rows), wanted);
-    return OB_MIN(m, OB_MAX(tiles, (size_t)8) * tile_rows); /* 8 tiles pay for a panel's decoding */
+    size_t least = OB_CEIL_DIV((size_t)TASK_TOKENS, tile_rows);
+    return OB_MIN(m, OB_MAX(tiles, least) * tile_rows);
 }
 
 /* Rows of the next tile: a remainder of 7 or 8 under a height of 6 is cut in halves, not 6 + 1.  Of 16 rows and more, a kernel
@@ -60,12 +68,6 @@ row_of(const void *base, ob_dtype dt, size_t index)
 {
     return (const char *)base + index * ob_dtype_bytes(dt);
 }
-
-enum {
-    QUANTIZE_ROWS = 16,
-    DIRECT_ROWS = 8,        /* up to here dot_trits beats decoding */
-    PANEL_BYTES = 512 << 10 /* that stay in a core's second cache */
-};
 
 static void
 quantize_forward_rows(void *arg, size_t task, size_t thread)

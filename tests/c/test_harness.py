@@ -56,7 +56,7 @@ def built_core(folder: Path) -> list[Path]:
 
 
 def link(target: Path, *parts: object) -> Path:
-    checked(CC, "-O1", "-g", "-std=gnu11", "-Wall", "-Wextra", "-pthread", *parts, "-lm", "-o", target)
+    checked(CC, "-O1", "-g", "-std=gnu11", "-Wall", "-Wextra", "-pthread", *parts, "-lm", "-ldl", "-o", target)
     return target
 
 

@@ -69,7 +69,9 @@ def arm_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     objects = [compiled(folder, name, *flags, "-Werror", cc=ARM_CC) for name in names]
     objects += [compiled(folder, f"csrc/{name}", *flags, *arm[name], "-Werror", cc=ARM_CC) for name in arm]
     target = folder / "isa_check"
-    checked(ARM_CC, "-O1", "-std=gnu11", "-pthread", "-static", C / "isa_check.c", *objects, "-lm", "-o", target)
+    checked(
+        ARM_CC, "-O1", "-std=gnu11", "-pthread", "-static", C / "isa_check.c", *objects, "-lm", "-ldl", "-o", target
+    )
     return target
 
 

@@ -13,7 +13,8 @@ import torch
 from onebit_ext import _core
 from onebit_ext.torch.threads import openmp_of_torch
 
-pytestmark = pytest.mark.skipif(openmp_of_torch() is None, reason="torch does not use OpenMP here")
+OPENMP = sys.platform == "linux" and torch.backends.openmp.is_available()
+pytestmark = pytest.mark.skipif(not OPENMP, reason="torch does not use OpenMP here")
 
 START = """
 import os, signal, threading
@@ -43,6 +44,11 @@ def run(code: str, **environment: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_torchs_runtime_is_found() -> None:
+    path = openmp_of_torch()
+    assert path is not None and os.path.exists(path)
+
+
 def test_as_many_as_torch_has_unless_a_number_was_set() -> None:
     code = """
 assert ob.num_threads() == torch.get_num_threads()
@@ -62,6 +68,7 @@ def test_the_same_bits_on_threads_of_either_kind() -> None:
 ob.set_num_threads(1)
 expected = forward()
 for threads in (2, 3, 7):
+    torch.set_num_threads(threads)
     ob.set_num_threads(threads)
     _core.share_threads(openmp)
     shared = forward()
@@ -103,6 +110,33 @@ assert forward() == expected
 """,
         OMP_NUM_THREADS="3",
     )
+
+
+def test_a_parent_that_computed_nothing_of_ours_may_fork() -> None:
+    code = """
+torch.set_num_threads(3)
+torch.rand(1 << 20).exp_()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    os._exit(0 if len(forward()) == 70 * 300 * 4 else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    run(code, OMP_NUM_THREADS="3")
+
+
+def test_another_number_than_torchs_ends_no_thread() -> None:
+    code = """
+torch.set_num_threads(5)
+ob.set_num_threads(3)
+def round():
+    torch.rand(1 << 20).exp_()
+    forward()
+    return set(os.listdir("/proc/self/task"))
+first = round()
+assert all(round() == first for _ in range(10))
+"""
+    run(code, OMP_NUM_THREADS="5")
 
 
 def test_callers_of_several_threads() -> None:
