@@ -15,8 +15,9 @@ typedef struct tile_config {
     uint8_t rows[16];
 } tile_config;
 
-static __thread tile_config soft_config;
-static __thread uint8_t soft_tile[8][16][64];
+extern _Atomic int soft_tiles_held; /* pretend.c */
+static _Thread_local tile_config soft_config;
+static _Thread_local uint8_t soft_tile[8][16][64];
 
 #define SOFT_DEMAND(truth)                                   \
     do {                                                     \
@@ -37,6 +38,7 @@ tiles_configure(const tile_config *config)
         SOFT_DEMAND(config->rows[t] <= 16 && config->row_bytes[t] <= 64);
         SOFT_DEMAND(used ? config->row_bytes[t] > 0 : config->rows[t] + config->row_bytes[t] == 0);
     }
+    soft_tiles_held += soft_config.palette == 0;
     soft_config = *config;
     memset(soft_tile, 0, sizeof soft_tile);
 }
@@ -45,6 +47,7 @@ static inline void
 tiles_release(void)
 {
     SOFT_DEMAND(soft_config.palette == 1);
+    soft_tiles_held--;
     memset(&soft_config, 0, sizeof soft_config);
 }
 
