@@ -24,4 +24,24 @@ broadcast4(const int8_t *p)
     return _mm512_set1_epi32(four);
 }
 
+OB_INLINE void
+clear_sums(size_t rows, size_t width, __m512i sum[][4])
+{
+#pragma GCC unroll 12
+    for (size_t r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (size_t v = 0; v < width; v++) {
+            sum[r][v] = _mm512_setzero_si512();
+        }
+}
+
+/* Sums of codes that were masked where they stand: sum[p] is 4^p times what it counts, so the shifts are exact. */
+OB_INLINE __m512i
+masked_sums(const __m512i sum[4])
+{
+    __m512i low = _mm512_add_epi32(sum[0], _mm512_srai_epi32(sum[1], 2));
+    __m512i high = _mm512_add_epi32(_mm512_srai_epi32(sum[2], 4), _mm512_srai_epi32(sum[3], 6));
+    return _mm512_add_epi32(low, high);
+}
+
 #endif

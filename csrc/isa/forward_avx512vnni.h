@@ -29,17 +29,6 @@
 /* clang-format on */
 
 OB_INLINE void
-clear_sums(size_t rows, size_t width, __m512i sum[][4])
-{
-#pragma GCC unroll 12
-    for (size_t r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (size_t v = 0; v < width; v++) {
-            sum[r][v] = _mm512_setzero_si512();
-        }
-}
-
-OB_INLINE void
 finish_tile(size_t rows, size_t width, __m512i sum[][4], const int32_t *offset, int32_t factor,
             size_t column, ob_acc *acc)
 {
@@ -115,12 +104,7 @@ forward_vector(size_t k_steps, const uint8_t *q, const int8_t *x, const int32_t 
     const __m512i mask[4] = {_mm512_set1_epi8(3), _mm512_set1_epi8(12), _mm512_set1_epi8(48),
                              _mm512_set1_epi8((char)192)};
     __m512i sum[4][4];
-#pragma GCC unroll 4
-    for (size_t v = 0; v < 4; v++)
-#pragma GCC unroll 4
-        for (size_t p = 0; p < 4; p++) {
-            sum[v][p] = _mm512_setzero_si512();
-        }
+    clear_sums(4, 4, sum);
     for (size_t i = 0; i < k_steps; i++, q += 256, x += 16) {
         for (size_t line = 0; line < 4; line++) {
             _mm_prefetch((const char *)q + 4096 + 64 * line, _MM_HINT_T0);
@@ -137,11 +121,8 @@ forward_vector(size_t k_steps, const uint8_t *q, const int8_t *x, const int32_t 
         }
     }
     for (size_t v = 0; v < 4; v++) {
-        __m512i low = _mm512_add_epi32(sum[v][0], _mm512_srai_epi32(sum[v][1], 2));
-        __m512i high =
-            _mm512_add_epi32(_mm512_srai_epi32(sum[v][2], 4), _mm512_srai_epi32(sum[v][3], 6));
         vi_store(acc[0] + 16 * v,
-                 _mm512_sub_epi32(_mm512_add_epi32(low, high), _mm512_set1_epi32(*offset)));
+                 _mm512_sub_epi32(masked_sums(sum[v]), _mm512_set1_epi32(*offset)));
     }
 }
 

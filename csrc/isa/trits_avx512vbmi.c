@@ -74,20 +74,12 @@ static void
 dot_chunk(size_t steps, const uint8_t *q, const int8_t *x, int32_t *acc)
 {
     __m512i sum[4][4];
-#pragma GCC unroll 4
-    for (size_t v = 0; v < 4; v++)
-#pragma GCC unroll 4
-        for (size_t p = 0; p < 4; p++) {
-            sum[v][p] = _mm512_setzero_si512();
-        }
+    clear_sums(4, 4, sum);
     add_steps(steps, q, x, sum);
 #pragma GCC unroll 4
     for (size_t v = 0; v < 4; v++) {
-        __m512i low = _mm512_add_epi32(sum[v][0], _mm512_srai_epi32(sum[v][1], 2));
-        __m512i high =
-            _mm512_add_epi32(_mm512_srai_epi32(sum[v][2], 4), _mm512_srai_epi32(sum[v][3], 6));
         __m512i before = _mm512_loadu_si512(acc + 16 * v);
-        _mm512_storeu_si512(acc + 16 * v, _mm512_add_epi32(before, _mm512_add_epi32(low, high)));
+        _mm512_storeu_si512(acc + 16 * v, _mm512_add_epi32(before, masked_sums(sum[v])));
     }
 }
 

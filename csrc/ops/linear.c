@@ -208,8 +208,9 @@ ob_linear_forward(const ob_weights *w, size_t m, ob_dtype dt, const void *x, voi
     ob_status status = ob_check_weights(w, OB_FORMAT_trits5);
     size_t padded = ob_padded_k(w->k), threads = ob_num_threads(), q_bytes, panel_bytes, bytes;
     const ob_kernels *kernels = ob_kernels_active();
-    ob_dot_trits dot_trits = ob_dot_trits_active();
-    int trits = w->packing == OB_FORMAT_trits5, decode = trits && (!dot_trits || m > DIRECT_ROWS);
+    int trits = w->packing == OB_FORMAT_trits5;
+    ob_dot_trits dot_trits = trits ? ob_dot_trits_active() : NULL;
+    int decode = trits && (!dot_trits || m > DIRECT_ROWS);
     if (status != OB_OK) {
         return status;
     }

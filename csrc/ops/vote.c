@@ -16,8 +16,7 @@
 
 enum {
     ROW_BLOCK = 256,
-    VOTE_ROWS =
-        8, /* at a time, while as many of the next tile are on their way: a product needs the caches' paths */
+    VOTE_ROWS = 8,   /* at a time, while the next tile's planes are on their way */
     TASK_BLOCKS = 4, /* per packing; all rows at once: 4 % slower at 6912 inputs, equal at 2560 */
     TASKS_PER_THREAD = 4
 };

@@ -1,19 +1,21 @@
 /* soft_tiles.h - isa/tiles_amx.h in plain C, put in its place (-include) to run isa/amxint8.c on processors without tiles.
  *
  * Every use is held to what the instructions demand: a configuration of this thread, rows and bytes that agree. */
-#ifndef OB_TILES_AMX_H
-#define OB_TILES_AMX_H
+#ifndef SOFT_TILES_H
+#define SOFT_TILES_H
 
-#include <stdint.h>
+#include "../../csrc/isa/tiles_amx.h"
+
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-typedef struct tile_config {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-} tile_config;
+#undef tiles_configure
+#undef tiles_release
+#undef tile_zero
+#undef tile_load
+#undef tile_store
+#undef tile_multiply
 
 extern _Atomic int soft_tiles_held; /* pretend.c */
 static _Thread_local tile_config soft_config;
